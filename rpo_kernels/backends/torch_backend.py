@@ -1,0 +1,204 @@
+"""Tile arithmetic in plain PyTorch, on any device.
+
+Everything runs on tiles small enough for a CPU's cache (or, on a GPU, large enough to fill it), vocabulary-major
+``(p, n)``: a tile of logits is one matmul ``W_panel @ H^T``, and the passes over it are in place. Exponentials are taken in
+base 2, ``exp(z - c) = 2^(z * log2(e) - c * log2(e))``: the product and the difference are one fused pass, and `exp2` is
+about twice as fast as `exp` on CPUs. Nothing below ``exp(-60)`` is ever produced, because denormal floats slow CPU matmuls
+tenfold; what that adds to a probability is at most 1e-26.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rpo_kernels.losses import LOSSES
+from rpo_kernels.spec import Transform, accumulator_dtype
+
+LOG2E = math.log2(math.e)
+FLOOR = -60 * LOG2E  # lowest exponent, in base 2
+CPU_TILE = 2**18  # elements: 1 MiB in fp32, one core's L2
+GPU_TILE = 2**25  # elements: 128 MiB in fp32
+
+
+def _tile_rows(device: torch.device, n: int) -> int:
+    return max(64, (CPU_TILE if device.type == "cpu" else GPU_TILE) // max(n, 1))
+
+
+def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """``weight (p, D) @ hidden (n, D)^T -> (p, n)``, float32 or float64; into `out` if it has that dtype."""
+    dtype = accumulator_dtype(hidden.dtype)
+    if hidden.dtype == dtype:
+        return torch.mm(weight, hidden.t(), out=out)
+    if hidden.is_cuda:
+        return torch.mm(weight, hidden.t(), out_dtype=dtype)
+    return torch.mm(weight, hidden.t()).to(dtype)
+
+
+def _base2_logits(
+    tile: Tensor, bias: Tensor | None, transform: Transform
+) -> tuple[Tensor, float, Tensor | None]:
+    """Turn ``x (p, n)`` in place into ``y`` with ``z * log2(e) = factor * y``; also ``dz/dx (p, n)`` if it varies."""
+    scale, cap = transform
+    if bias is not None:
+        tile.add_(bias.to(tile.dtype)[:, None])
+    if cap is None:
+        return tile, scale * LOG2E, None
+    tile.mul_(scale / cap).tanh_()
+    slope = torch.addcmul(tile.new_full((), scale), tile, tile, value=-scale)
+    return tile, cap * LOG2E, slope
+
+
+def _pick_targets(
+    tile: Tensor, factor: float, targets: Tensor, v0: int, target_logit: Tensor
+) -> None:
+    """``target_logit[i] = z[targets[i] - v0, i]`` wherever that row is in the tile."""
+    index = targets - v0
+    inside = (index >= 0) & (index < tile.shape[0])
+    picked = tile.gather(0, index.clamp(0, tile.shape[0] - 1)[None])[0] * (factor / LOG2E)
+    torch.where(inside, picked, target_logit, out=target_logit)
+
+
+def lse_and_target(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: Transform,
+    max_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of every row's logits, and its target's logit: one online pass over vocabulary tiles.
+
+    Args:
+        hidden: (n, D). weight: (V, D), same dtype. bias: (V,) or None.
+        targets: (n,) int64 in [0, V); -1 for none, its target logit is then 0.
+        transform: scale and softcap.
+        max_bytes: bound on temporaries.
+
+    Returns:
+        ``lse (n,)`` and ``target_logit (n,)``, float32 (float64 for float64 inputs).
+    """
+    n, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
+    lse = hidden.new_empty(n, dtype=dtype)
+    target_logit = hidden.new_zeros(n, dtype=dtype)
+    block = max(1, min(1024 if hidden.device.type == "cpu" else n, max_bytes // (64 * 16)))
+    for i in range(0, n, block):
+        h, t, picked = hidden[i : i + block], targets[i : i + block], target_logit[i : i + block]
+        step = min(_tile_rows(h.device, h.shape[0]), max(1, max_bytes // (16 * h.shape[0])))
+        scratch = hidden.new_empty(step, h.shape[0], dtype=dtype) if hidden.dtype == dtype else None
+        running_max = hidden.new_full((h.shape[0],), -math.inf, dtype=dtype)
+        total = torch.zeros_like(running_max)
+        for v0 in range(0, weight.shape[0], step):
+            w = weight[v0 : v0 + step]
+            tile = _logits(h, w, None if scratch is None else scratch[: w.shape[0]])
+            tile, factor, _ = _base2_logits(
+                tile, None if bias is None else bias[v0 : v0 + step], transform
+            )
+            _pick_targets(tile, factor, t, v0, picked)
+            peak = torch.maximum(running_max, tile.amax(0) * factor)
+            torch.add(-peak, tile, alpha=factor, out=tile)
+            total.mul_(torch.exp2(running_max - peak)).add_(tile.clamp_(min=FLOOR).exp2_().sum(0))
+            running_max = peak
+        lse[i : i + block] = (running_max + total.log2()) / LOG2E
+    return lse, target_logit
+
+
+def exp_panel(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor,
+    targets: Tensor,
+    v0: int,
+    transform: Transform,
+    out: Tensor,
+    sums: Tensor | None = None,
+    target_logit: Tensor | None = None,
+) -> None:
+    """Fill a panel with ``exp(z - shift) * dz/dx``; with ``shift = lse`` these are softmax probabilities times the slope.
+
+    Args:
+        hidden: (n, D). weight: (p, D), the vocabulary entries from `v0` on. bias: (p,) or None.
+        shift: (n,) float32 (float64), anything within 60 of the row's largest logit.
+        targets: (n,) int64, over the whole vocabulary.
+        v0: first vocabulary entry of the panel.
+        transform: scale and softcap.
+        out: (p, n), written, in the dtype of `hidden` or float32.
+        sums: (n,), ``exp(z - shift)`` summed over the panel is added to it.
+        target_logit: (n,), set to ``z`` of the target where the target lies in the panel.
+    """
+    n, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
+    step = _tile_rows(hidden.device, n)
+    low = shift * -LOG2E
+    for v in range(0, weight.shape[0], step):
+        part = out[v : v + step]
+        tile = _logits(hidden, weight[v : v + step], part if part.dtype == dtype else None)
+        tile, factor, slope = _base2_logits(
+            tile, None if bias is None else bias[v : v + step], transform
+        )
+        if target_logit is not None:
+            _pick_targets(tile, factor, targets, v0 + v, target_logit)
+        torch.add(low, tile, alpha=factor, out=tile)
+        tile.clamp_(min=FLOOR).exp2_()
+        if sums is not None:
+            sums.add_(tile.sum(0))
+        if slope is not None:
+            tile.mul_(slope)
+        elif transform.scale != 1.0:
+            tile.mul_(transform.scale)
+        if part.data_ptr() != tile.data_ptr():
+            part.copy_(tile)
+
+
+def tail(
+    logps: Tensor,
+    offsets: Tensor,
+    ref_logps: Tensor | None,
+    loss_type: str,
+    beta: float,
+    epsilon: float,
+    gamma: float,
+    sft_weight: float,
+    sft_reduction: str,
+    num_pairs: float,
+    num_chosen_tokens: float,
+) -> tuple[Tensor, Tensor]:
+    """From log-probs of tokens to the loss of every pair and the gradient of the total loss for every token.
+
+    Args:
+        logps: (N,) log-probs of the kept rows, sequence after sequence.
+        offsets: (2B + 1,) int64, where each sequence starts; chosen sequences first.
+        ref_logps: (2B,) summed reference log-probs, or None.
+        loss_type, beta, epsilon, gamma: see `rpo_kernels.losses`.
+        sft_weight: weight of the SFT term.
+        sft_reduction: "sum", "sequence_mean" or "token_mean".
+        num_pairs, num_chosen_tokens: what the preference and the SFT term are divided by.
+
+    Returns:
+        ``pairs (B, 6)``: preference loss, SFT loss (to be summed and divided by the caller), chosen and rejected log-probs,
+        chosen and rejected rewards; and ``coef (N,)``, d loss / d logps. A pair without any token is zero everywhere.
+    """
+    loss, counts = LOSSES[loss_type], offsets.diff()
+    sums = torch.segment_reduce(logps.double(), "sum", offsets=offsets, initial=0.0)
+    tokens = counts.double().clamp(min=1)
+    per_token = 1 / tokens if loss.mean else torch.ones_like(tokens)
+    quantity = (sums - (0 if ref_logps is None else ref_logps.double())) * per_token
+    live = counts.view(2, -1).sum(0) > 0
+    quantity = torch.where(live.repeat(2), quantity, torch.zeros_like(quantity))
+    (c, r), (s_c, s_r), half = quantity.view(2, -1), sums.view(2, -1), quantity.shape[0] // 2
+    value, d_c, d_r = loss.pair(c, r, beta, epsilon, gamma)
+    sft = -s_c / tokens[:half] if sft_reduction == "sequence_mean" else -s_c
+    if sft_reduction == "token_mean":
+        d_sft = torch.full_like(s_c, -1 / num_chosen_tokens)
+    else:
+        d_sft = (
+            -(1 / tokens[:half] if sft_reduction == "sequence_mean" else torch.ones_like(s_c))
+            / num_pairs
+        )
+    slopes = torch.cat([d_c, d_r]) * per_token / num_pairs
+    slopes[:half] += sft_weight * d_sft
+    pairs = torch.stack([value * live, sft, s_c, s_r, beta * c, beta * r], dim=1)
+    coef = torch.repeat_interleave(slopes, counts, output_size=logps.shape[0])
+    return pairs.to(logps.dtype), coef.to(logps.dtype)

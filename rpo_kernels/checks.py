@@ -1,0 +1,226 @@
+"""What callers get wrong, said before any kernel runs: the argument, what was expected, what came, and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rpo_kernels.backends import BACKENDS
+from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
+
+STRATEGIES = ("auto", "recompute", "stream")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _fail(name: str, expected: str, got: object, kind: type[Exception] = ValueError) -> None:
+    raise kind(f"{name}: expected {expected}, got {got}")
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> None:
+    """Check the tensors of an output layer: hidden (..., D), weight (V, D), labels (...), bias (V,); no device is read."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            _fail(name, "a torch.Tensor", type(tensor).__name__, TypeError)
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.dtype not in FLOATS:
+            _fail(
+                name,
+                "a floating dtype (float16, bfloat16, float32, float64)",
+                tensor.dtype,
+                TypeError,
+            )
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        _fail(
+            "weight",
+            f"hidden's dtype {hidden.dtype} (or a call under torch.autocast)",
+            weight.dtype,
+            TypeError,
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        _fail("labels", "int64 or int32 token ids", labels.dtype, TypeError)
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
+        _fail("weight", "shape (V, D), not empty", tuple(weight.shape))
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        _fail(
+            "hidden",
+            f"last dimension D = {weight.shape[1]} as in weight (V, D)",
+            tuple(hidden.shape),
+        )
+    if weight.stride(-1) != 1:
+        _fail(
+            "weight",
+            "rows that are contiguous in memory (call .contiguous() once)",
+            f"strides {weight.stride()}",
+        )
+    if hidden.shape[:-1] != labels.shape:
+        _fail(
+            "labels", f"shape {tuple(hidden.shape[:-1])}, hidden's without D", tuple(labels.shape)
+        )
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            _fail("bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
+        if bias.dtype != weight.dtype:
+            _fail("bias", f"weight's dtype {weight.dtype}", bias.dtype, TypeError)
+    for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            _fail(name, f"hidden's device {hidden.device}", tensor.device)
+    if not (math.isfinite(scale) and scale > 0):
+        _fail("logit_scale", "a finite number > 0", scale)
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        _fail("logit_softcap", "None or a finite number > 0", softcap)
+    if 0 <= ignore_index < weight.shape[0]:
+        _fail(
+            "ignore_index",
+            f"a value that is no token id (outside [0, {weight.shape[0]}))",
+            ignore_index,
+        )
+
+
+def check_run(backend: str, max_workspace_mb: float | None, strategy: str = "auto") -> None:
+    """Check the arguments that choose how to compute."""
+    if strategy not in STRATEGIES:
+        _fail("strategy", f"one of {', '.join(STRATEGIES)}", repr(strategy))
+    if backend not in BACKENDS:
+        _fail("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+    if max_workspace_mb is not None and not max_workspace_mb > 0:
+        _fail("max_workspace_mb", "None or a number of MiB > 0", max_workspace_mb)
+
+
+def check_sequences(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Check the layout: (2B, T, D), or packed (N, D) with cu_seqlens (2B + 1,)."""
+    if cu_seqlens is None:
+        if hidden.dim() != 3:
+            _fail(
+                "hidden",
+                "shape (2B, T, D), or (N, D) together with cu_seqlens",
+                tuple(hidden.shape),
+            )
+        if hidden.shape[0] % 2:
+            _fail(
+                "hidden",
+                "an even number of sequences, B chosen ones and then B rejected ones",
+                hidden.shape[0],
+            )
+        return
+    if hidden.dim() != 2:
+        _fail("hidden", "shape (N, D) when cu_seqlens is given", tuple(hidden.shape))
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        _fail("cu_seqlens", "int32 or int64 offsets", cu_seqlens.dtype, TypeError)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] % 2 == 0:
+        _fail("cu_seqlens", "shape (2B + 1,): an even number of sequences", tuple(cu_seqlens.shape))
+    if cu_seqlens.device != hidden.device:
+        _fail("cu_seqlens", f"hidden's device {hidden.device}", cu_seqlens.device)
+
+
+def check_normalizers(num_pairs: float | None, num_chosen_tokens: float | None) -> None:
+    """Check the global counts of an optimizer step."""
+    for name, value in (("num_pairs", num_pairs), ("num_chosen_tokens", num_chosen_tokens)):
+        if value is None:
+            continue
+        if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+            _fail(
+                name,
+                "a Python number (call .item() on the reduced count once a step)",
+                type(value).__name__,
+                TypeError,
+            )
+        if not (math.isfinite(value) and value > 0):
+            _fail(name, "None or a count > 0", value)
+
+
+def check_loss(
+    loss_type: str,
+    beta: float,
+    eta: float,
+    label_smoothing: float,
+    sft_reduction: str,
+    simpo_gamma: float | None,
+    ref_logps: Tensor | None,
+    sequences: int,
+    hidden: Tensor,
+) -> None:
+    """Check the loss and its coefficients, and that the combination is one that the loss defines."""
+    if loss_type not in LOSSES:
+        _fail("loss_type", f"one of {', '.join(LOSSES)}", repr(loss_type))
+    if sft_reduction not in SFT_REDUCTIONS:
+        _fail("sft_reduction", f"one of {', '.join(SFT_REDUCTIONS)}", repr(sft_reduction))
+    loss = LOSSES[loss_type]
+    if not (math.isfinite(beta) and beta > 0):
+        _fail("beta", "a finite number > 0", beta)
+    if not (math.isfinite(eta) and eta >= 0):
+        _fail("eta", "a finite number >= 0 (0 is the preference loss alone)", eta)
+    if not 0 <= label_smoothing < 0.5:
+        _fail("label_smoothing", "a number in [0, 0.5)", label_smoothing)
+    if label_smoothing and not loss.smoothing:
+        able = ", ".join(name for name, item in LOSSES.items() if item.smoothing)
+        _fail(
+            "label_smoothing",
+            f"0 with loss_type={loss_type!r}, which does not define it ({able} do)",
+            label_smoothing,
+        )
+    if loss_type == "exo_pair" and label_smoothing == 0:
+        _fail(
+            "label_smoothing",
+            "a number > 0 with loss_type='exo_pair' (log of it is part of the loss)",
+            label_smoothing,
+        )
+    if simpo_gamma is not None and loss_type != "simpo":
+        _fail(
+            "simpo_gamma",
+            f"None with loss_type={loss_type!r} (only simpo has a target margin)",
+            simpo_gamma,
+        )
+    if simpo_gamma is not None and not (math.isfinite(simpo_gamma) and simpo_gamma >= 0):
+        _fail("simpo_gamma", "a finite number >= 0", simpo_gamma)
+    if ref_logps is None:
+        return
+    if not loss.reference:
+        _fail(
+            "ref_logps",
+            f"None with loss_type={loss_type!r}, which has no reference model",
+            "a tensor",
+        )
+    if not isinstance(ref_logps, Tensor) or not ref_logps.is_floating_point():
+        _fail(
+            "ref_logps",
+            "a floating-point tensor of summed log-probs",
+            getattr(ref_logps, "dtype", type(ref_logps)),
+            TypeError,
+        )
+    if ref_logps.shape != (sequences,):
+        _fail(
+            "ref_logps",
+            f"shape ({sequences},): one sum per sequence, chosen first",
+            tuple(ref_logps.shape),
+        )
+    if ref_logps.device != hidden.device:
+        _fail("ref_logps", f"hidden's device {hidden.device}", ref_logps.device)
+    if ref_logps.requires_grad:
+        _fail(
+            "ref_logps",
+            "no gradient (compute it under torch.no_grad() or detach it)",
+            "requires_grad=True",
+        )
+
+
+def pair_losses(loss_fn: Callable, logps: Tensor, counts: Tensor, index: Tensor) -> Tensor:
+    """Call a user's `loss_fn` on b pairs and check that it returns one loss per pair, (b,)."""
+    losses = loss_fn(logps, counts, index)
+    if not isinstance(losses, Tensor) or losses.shape != index.shape:
+        _fail(
+            "loss_fn",
+            f"a tensor of shape ({index.shape[0]},), one loss per pair",
+            getattr(losses, "shape", type(losses)),
+        )
+    return losses

@@ -1,0 +1,73 @@
+"""Streaming for a loss function given as Python code: autograd on two numbers per pair (`fused_preference_loss`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rpo_kernels.backends import select
+from rpo_kernels.checks import pair_losses
+from rpo_kernels.engines import streaming
+from rpo_kernels.rows import keep_rows
+from rpo_kernels.spec import Head, Transform
+
+
+class CustomLoss(torch.autograd.Function):
+    """``(hidden (M, D), weight (V, D), bias, labels (M,), ...) -> loss (), logps (2, B)``, its gradient made in forward."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        labels,
+        cu_seqlens,
+        head,
+        loss_fn,
+        norm,
+        validate,
+        max_bytes,
+        backend,
+        needs,
+    ):
+        """Run one sweep; keep the gradients."""
+        ignore_index, scale, softcap, dtype = head
+        module = select(backend, hidden)
+        rows, offsets = keep_rows(labels, weight.shape[0], ignore_index, validate, cu_seqlens)
+        count = len(offsets) // 2
+        lengths = labels.new_tensor(offsets).diff().view(2, count)
+
+        def settle(first: int, last: int, logps: Tensor) -> tuple[Tensor, Tensor]:
+            counts = lengths[:, first:last]
+            sums = torch.segment_reduce(
+                logps.double(), "sum", lengths=counts.flatten(), initial=0.0
+            )
+            with torch.enable_grad():
+                leaf = sums.to(logps.dtype).view(2, -1).requires_grad_()
+                losses = pair_losses(
+                    loss_fn,
+                    leaf,
+                    counts.to(leaf.dtype),
+                    torch.arange(first, last, device=hidden.device),
+                )
+                (slopes,) = torch.autograd.grad(losses.sum() / norm, leaf)
+            coef = torch.repeat_interleave(
+                slopes.flatten(), counts.flatten(), output_size=logps.shape[0]
+            )
+            return torch.stack([losses.detach().to(leaf.dtype), *leaf.detach()], dim=1), coef
+
+        layer = Head(weight, bias, Transform(scale, softcap), dtype)
+        pairs, *grads = streaming.loss_and_grads(
+            hidden, rows, offsets, layer, module, settle, max_bytes, tuple(needs)
+        )
+        ctx.save_for_backward(*grads)
+        logps = pairs[:, 1:].t().contiguous()
+        ctx.mark_non_differentiable(logps)
+        return pairs[:, 0].sum() / norm, logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        """Multiply the kept gradients by the upstream scalar."""
+        return *(None if x is None else x * grad for x in ctx.saved_tensors), *[None] * 9

@@ -1,0 +1,93 @@
+"""Which rows count: ignored labels are dropped before the first matmul, with one device synchronization a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """The kept rows of a ``(M, D)`` tensor: `index` (N,) positions (None if all are kept), `targets` (N,) their labels."""
+
+    index: Tensor | None
+    targets: Tensor
+
+    def take(self, source: Tensor, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the kept rows of `source` (M, ...): a view if all are kept, else a copy."""
+        return (
+            source[start:stop]
+            if self.index is None
+            else source.index_select(0, self.index[start:stop])
+        )
+
+    def put(self, like: Tensor, values: Tensor) -> Tensor:
+        """A tensor like `like` (M, D) that holds ``values (N, D)`` in the kept rows and zeros elsewhere."""
+        if self.index is None:
+            return values.to(like.dtype)
+        return torch.zeros_like(like).index_copy_(0, self.index, values.to(like.dtype))
+
+    def subset(self, order: Tensor) -> Rows:
+        """The kept rows at positions `order` (n,), in that order."""
+        return Rows(
+            order if self.index is None else self.index.index_select(0, order), self.targets[order]
+        )
+
+    def chunks(self, size: int) -> Iterator[tuple[int, int]]:
+        """``(start, stop)`` of consecutive chunks of at most `size` rows."""
+        total = self.targets.shape[0]
+        for start in range(0, total, size):
+            yield start, min(start + size, total)
+
+
+def keep_rows(
+    targets: Tensor, vocab: int, ignore_index: int, validate: bool, cu_seqlens: Tensor | None = None
+) -> tuple:
+    """Drop ignored labels.
+
+    Args:
+        targets: (M,) int64.
+        vocab: V; labels must lie in [0, V) or equal `ignore_index`.
+        ignore_index: label of the rows to drop.
+        validate: check the labels' range (and `cu_seqlens`), in the synchronization that counting needs anyway.
+        cu_seqlens: (2B + 1,) row offsets of the sequences, or None.
+
+    Returns:
+        `Rows`, and the kept rows' offsets of every sequence as a list of 2B + 1 ints (``[0, N]`` without `cu_seqlens`).
+
+    Raises:
+        ValueError: a label out of range, or offsets that do not rise from 0 to M.
+    """
+    rows = targets.shape[0]
+    kept = targets != ignore_index
+    ends = torch.zeros(rows + 1, dtype=torch.int64, device=targets.device)
+    torch.cumsum(kept, 0, out=ends[1:])
+    given = targets.new_tensor([0, rows]) if cu_seqlens is None else cu_seqlens.long()
+    facts = [ends[given.clamp(0, rows)]]
+    if validate and rows:
+        inside = torch.where(kept, targets, torch.zeros_like(targets))
+        facts += [
+            torch.stack([inside.min(), inside.max(), given[0], given[-1], given.diff().amin()])
+        ]
+    flat = torch.cat(facts).tolist()
+    offsets = flat[: given.shape[0]]
+    if validate and rows:
+        low, high, first, last, step = flat[given.shape[0] :]
+        if low < 0 or high >= vocab:
+            raise ValueError(
+                f"labels: expected values in [0, {vocab}) or ignore_index={ignore_index}, got values from {low} to {high}; "
+                "mask padding with ignore_index and check that weight covers the tokenizer's vocabulary"
+            )
+        if first != 0 or last != rows or step < 0:
+            raise ValueError(
+                f"cu_seqlens: expected offsets that rise from 0 to {rows} (the rows of hidden), got first {first}, last {last}, "
+                f"smallest step {step}"
+            )
+    if offsets[-1] == rows:
+        return Rows(None, targets), offsets
+    index = (
+        torch.nonzero_static(kept, size=offsets[-1])[:, 0] if kept.is_cuda else kept.nonzero()[:, 0]
+    )
+    return Rows(index, targets[index]), offsets
