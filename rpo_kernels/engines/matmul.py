@@ -26,5 +26,6 @@ def put_targets_(panel: Tensor, targets: Tensor, v0: int, values: Tensor) -> Non
     """``panel[targets[i] - v0, i] = values[i]`` for the rows whose target lies in the panel ``(p, n)``; no synchronization."""
     index = targets - v0
     inside = (index >= 0) & (index < panel.shape[0])
-    index = index.clamp(0, panel.shape[0] - 1)[None]
-    panel.scatter_(0, index, torch.where(inside, values.to(panel.dtype), panel.gather(0, index)))
+    index = index.clamp(0, panel.shape[0] - 1)
+    columns = torch.arange(panel.shape[1], device=panel.device)
+    panel[index, columns] = torch.where(inside, values.to(panel.dtype), panel[index, columns])

@@ -12,7 +12,7 @@ scales rows of ``H`` before, and rows of ``dH`` after the matmuls, which are N x
     dW[panel] = Q @ (-g * H)            one matmul over all N rows of a chunk, written once
     dH       += Q^T @ W[panel]          then scaled by -g
 
-`g` is divided by its largest magnitude first, so that fp16 does not underflow and no denormals arise. The target's entry
+`g` is divided by a power of two first (exactly, the one above its largest magnitude), so that fp16 does not underflow and no denormals arise. The target's entry
 ``p - 1`` is placed as ``expm1(logp)``, accurate where ``p`` is close to 1.
 
 Memory: the panel with its operands within `max_bytes`, and `dH` in float32 (N x D, an accumulator) where hidden is half.
@@ -94,7 +94,7 @@ def backward(
     (total, width), vocab = (rows.targets.shape[0], hidden.shape[1]), head.weight.shape[0]
     acc_dtype = accumulator_dtype(head.dtype)
     grad, logps, lse = (rows.take(x, 0, total) for x in (grad, logps, lse))
-    top = grad.abs().amax() if total else grad.new_ones(())
+    top = torch.exp2(grad.abs().amax().log2().ceil()) if total else grad.new_ones(())
     unit = -grad / top
     coef = torch.where(unit.abs() < 1e-20, 0, unit)  # for H rows in matmuls: no denormals
     target_entry = torch.expm1(logps) * head.transform.slope(logps + lse)
@@ -104,8 +104,9 @@ def backward(
     d_weight = blank(head.weight) if need_w else None
     d_bias = blank(head.bias) if need_b else None
     panel_buffer = hidden.new_empty(p * n, dtype=head.dtype)
-    dw_buffer = hidden.new_empty(p if need_w else 0, width, dtype=acc_dtype)
     chunks = list(rows.chunks(n))
+    direct = len(chunks) == 1 and (head.weight.dtype == head.dtype)  # one matmul makes dW[panel]
+    dw_buffer = hidden.new_empty(p if need_w and not direct else 0, width, dtype=acc_dtype)
     operands = None
     for v0, weight, bias in head.panels(p) if total else ():
         db = hidden.new_zeros(weight.shape[0], 1, dtype=acc_dtype)
@@ -123,11 +124,12 @@ def backward(
             if need_h:
                 matmul_into(d_rows[start:stop], panel.t(), weight, accumulate=v0 > 0)
             if need_w:
-                matmul_into(dw_buffer[: weight.shape[0]], panel, scaled, accumulate=start > 0)
+                dw = d_weight[v0 : v0 + p] if direct else dw_buffer[: weight.shape[0]]
+                matmul_into(dw, panel, scaled, accumulate=start > 0)
             if need_b:
                 matmul_into(db, panel, coef[start:stop, None].to(head.dtype), accumulate=start > 0)
         if need_w:
-            torch.mul(dw_buffer[: weight.shape[0]], top, out=d_weight[v0 : v0 + p])
+            torch.mul(dw, top, out=d_weight[v0 : v0 + p])
         if need_b:
             torch.mul(db[:, 0], top, out=d_bias[v0 : v0 + p])
     d_hidden = None if d_rows is None else rows.put(hidden, d_rows.mul_(-grad[:, None]))
