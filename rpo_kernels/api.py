@@ -1,8 +1,9 @@
-"""The public functions: check the arguments, flatten the layout, choose the strategy, call one operator.
+"""The public functions: check the arguments, flatten the layout, choose the strategy, call one
+operator.
 
     linear_logprobs         hidden, weight, targets            -> log-prob of every target
-    fused_rpo_loss          hidden, weight, labels, ref_logps  -> loss = preference + w * SFT, and what one logs
-    fused_preference_loss   the same engines for a loss function of one's own
+    fused_rpo_loss          hidden, weight, labels, ref_logps  -> loss = preference + w * SFT,
+    metrics fused_preference_loss   the same engines for a loss function of one's own
 
 None of them ever holds logits: memory beyond inputs and gradients is bounded by `max_workspace_mb`.
 """
@@ -17,19 +18,20 @@ from torch import Tensor
 
 from rpo_kernels import checks, ops
 from rpo_kernels.custom_loss import CustomLoss
-from rpo_kernels.engines import streaming
-from rpo_kernels.losses import LOSSES, sft_weight
+from rpo_kernels.engines.panel import capacity
+from rpo_kernels.engines.skipping import BLOCK
+from rpo_kernels.losses import sft_weight
 
 CPU_WORKSPACE_MB = 512
 GPU_WORKSPACE_MB = 1024
-ACCUMULATOR_SHARE = 4  # auto streams pairs longer than the workspace while their accumulators fit this many workspaces
+ACCUMULATOR_SHARE = 4  # "auto" streams split pairs while the accumulators fit this many workspaces
 
 
 class RPOOutput(NamedTuple):
-    """What `fused_rpo_loss` returns. B pairs; everything float32 (float64 for float64 inputs); all but `loss` detached.
+    """What `fused_rpo_loss` returns: float32 (float64 for float64 inputs), detached but for `loss`.
 
-    Every scalar is a sum over local pairs (tokens) divided by `num_pairs` (`num_chosen_tokens`): with global counts, the
-    scalars of the micro-batches and ranks of a step add up to the step's.
+    Every scalar is a sum over local pairs (tokens) divided by `num_pairs` (`num_chosen_tokens`):
+    with global counts, the scalars of the micro-batches and ranks of a step add up to the step's.
     """
 
     loss: Tensor
@@ -43,13 +45,16 @@ class RPOOutput(NamedTuple):
     rejected_logps: Tensor
     """(B,), of the rejected ones."""
     chosen_rewards: Tensor
-    """(B,), beta times what the loss compares: the log-ratio to the reference, per token where the loss takes means."""
+    """(B,), beta times what the loss compares: the log-ratio to the reference, per token for means.
+    """
     rejected_rewards: Tensor
     """(B,), of the rejected ones."""
     accuracy: Tensor
     """(), share of pairs whose chosen reward is the larger; a tie counts half."""
     margin: Tensor
     """(), mean of chosen minus rejected reward."""
+    skipped: Tensor
+    """(), share of dlogits' L1 mass certified as left out, at most `grad_tolerance`."""
 
 
 def _workspace(hidden: Tensor, max_workspace_mb: float | None) -> int:
@@ -68,8 +73,52 @@ def _flat(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.reshape(-1, hidden.shape[-1]).contiguous(), labels.reshape(-1).long()
 
 
-def _needs(*tensors: Tensor | None) -> list[bool]:
-    return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
+def _sequences(
+    hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Flatten either layout to ``hidden (M, D), labels (M,), cu_seqlens (2B + 1,)``."""
+    checks.check_sequences(hidden, cu_seqlens)
+    if cu_seqlens is None:
+        count, length = hidden.shape[:2]
+        cu_seqlens = torch.arange(count + 1, device=hidden.device) * length
+    return *_flat(hidden, labels), cu_seqlens
+
+
+def _strategy(
+    asked: str,
+    weight: Tensor,
+    dtype: torch.dtype,
+    rows: int,
+    max_bytes: int,
+    needs: list[bool],
+    tolerance: float,
+) -> str:
+    """Resolve "auto" by the rule that stands in `fused_rpo_loss`."""
+    vocab, width = weight.shape
+    room = capacity(vocab, width, dtype.itemsize, max_bytes)
+    if asked == "stream" and room < 1:
+        raise ValueError(
+            f"max_workspace_mb: strategy='stream' expected room for one row of the vocabulary "
+            f"({vocab}), got {max_bytes / 2**20:.1f} MiB; raise it or use strategy='recompute'"
+        )
+    split = needs[1] and rows > room  # a pair may need accumulators
+    rounds = split and dtype.itemsize < 4 and weight.device.type == "cpu"
+    heavy = split and 8 * vocab * width > ACCUMULATOR_SHARE * max_bytes
+    thin = room < min(rows, 256)
+    if asked == "auto":
+        slow = not any(needs) or dtype == torch.float16 or thin or rounds or heavy
+        asked = "recompute" if slow else "stream"
+    if asked == "recompute" and tolerance:
+        _check_block(room, vocab, max_bytes)
+    return asked
+
+
+def _check_block(room: int, vocab: int, max_bytes: int) -> None:
+    if room < BLOCK:
+        raise ValueError(
+            f"max_workspace_mb: grad_tolerance > 0 expected room for {BLOCK} rows of the vocabulary"
+            f" ({vocab}), got {max_bytes / 2**20:.1f} MiB; raise it or use grad_tolerance=0"
+        )
 
 
 def linear_logprobs(
@@ -82,74 +131,58 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     validate: bool = True,
+    grad_tolerance: float = 0.0,
     max_workspace_mb: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Log-probability of every target under ``softmax(hidden @ weight^T + bias)``, differentiable, without the logits.
+    """Log-prob of every target under ``softmax(hidden @ weight^T + bias)``, without logits.
 
-    Costs 1U forward and 3U backward (U = 2 N V D FLOP, N rows that are not ignored; rows whose upstream gradient is 0 cost
-    nothing in backward). Deterministic.
+    Costs 1U forward and 3U backward (U = 2 N V D FLOP for N rows that are not ignored). Rows whose
+    upstream gradient is 0 cost nothing in backward. Differentiable once, deterministic.
 
     Args:
         hidden: (..., D), float16, bfloat16, float32 or float64.
-        weight: (V, D), hidden's dtype; any floating dtype under `torch.autocast`, cast panel by panel.
-        targets: (...), int64 or int32 token ids; no shift happens inside: ``targets[i]`` is what ``hidden[i]`` predicts.
+        weight: (V, D), hidden's dtype; any floating dtype under `torch.autocast`, cast panel by
+            panel.
+        targets: (...), int64 or int32 token ids. No shift happens inside: ``targets[i]`` is what
+            ``hidden[i]`` predicts.
         bias: (V,), or None.
         ignore_index: label of the positions to leave out: they cost nothing and get log-prob 0.
         logit_scale: factor on the logits (Cohere, Granite), > 0.
         logit_softcap: ``z = cap * tanh(z / cap)`` after the scale (Gemma 2), or None.
-        validate: check that targets lie in [0, V) (part of the one device synchronization a call makes anyway).
-        max_workspace_mb: bound on temporary memory in MiB; default 512 on CPU, 1024 elsewhere. In backward a float32
-            accumulator for hidden's gradient (N x D) comes on top where hidden is half precision.
-        backend: "auto" (Triton on GPUs, else torch), "triton" or "torch"; an explicit one runs or raises.
+        validate: check that targets lie in [0, V), in the one device synchronization a call makes
+            anyway.
+        grad_tolerance: share of dlogits' L1 mass that backward may leave out of every block of 256
+            rows (`rpo_kernels.engines.skipping`); 0 is exact. Above 0, backward costs 3 s U, s the
+            share of vocabulary entries kept, and takes a float32 accumulator for half-precision
+            weights.
+        max_workspace_mb: bound on temporary memory in MiB; default 512 on CPU, 1024 elsewhere. In
+            backward a float32 accumulator for hidden's gradient (N x D) comes on top where hidden
+            is half precision.
+        backend: "auto" (Triton on GPUs, else torch), "triton" or "torch"; an explicit one runs or
+            raises.
 
     Returns:
-        Log-probs in nats, shape (...), float32 (float64 for float64 inputs). NaN or infinite logits give NaN for their row.
+        Log-probs in nats, shape (...), float32 (float64 for float64 inputs). NaN or infinite logits
+        give NaN for their row.
 
     Raises:
-        ValueError, TypeError: an argument of wrong shape, dtype, device or range; the message names it.
+        ValueError, TypeError: an argument of wrong shape, dtype, device or range; the message names
+            it.
         RuntimeError: ``backend="triton"`` cannot run here.
     """
     checks.check_head(hidden, weight, targets, bias, logit_scale, logit_softcap, ignore_index)
-    checks.check_run(backend, max_workspace_mb)
+    checks.check_run(backend, max_workspace_mb, grad_tolerance)
     rows, labels = _flat(hidden, targets)
-    logps, _ = ops.linear_logprobs(
-        rows, weight, labels, bias, ignore_index, float(logit_scale), logit_softcap, _compute_dtype(hidden, weight),
-        validate, _workspace(hidden, max_workspace_mb), backend,
+    dtype, max_bytes = _compute_dtype(hidden, weight), _workspace(hidden, max_workspace_mb)
+    if grad_tolerance:
+        vocab, width = weight.shape
+        _check_block(capacity(vocab, width, dtype.itemsize, max_bytes), vocab, max_bytes)
+    logps, *_ = ops.linear_logprobs(
+        rows, weight, labels, bias, ignore_index, float(logit_scale), logit_softcap, dtype,
+        validate, float(grad_tolerance), max_bytes, backend,
     )  # fmt: skip
     return logps.view(targets.shape)
-
-
-def _sequences(
-    hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    checks.check_sequences(hidden, cu_seqlens)
-    if cu_seqlens is None:
-        count, length = hidden.shape[:2]
-        cu_seqlens = torch.arange(count + 1, device=hidden.device) * length
-    return *_flat(hidden, labels), cu_seqlens
-
-
-def _strategy(
-    asked: str, weight: Tensor, dtype: torch.dtype, rows: int, max_bytes: int, needs: list[bool]
-) -> str:
-    """Resolve "auto"; the rule stands in `fused_rpo_loss`."""
-    vocab, width = weight.shape
-    room = streaming.capacity(vocab, width, dtype.itemsize, max_bytes)
-    if asked == "stream" and room < 1:
-        raise ValueError(
-            f"max_workspace_mb: strategy='stream' expected room for a row of the vocabulary ({vocab}), got {max_bytes / 2**20:.1f} "
-            "MiB; raise it or use strategy='recompute'"
-        )
-    if asked != "auto":
-        return asked
-    if not any(needs) or dtype == torch.float16 or room < min(rows, 256):
-        return "recompute"
-    if needs[1] and rows > room:
-        half_on_cpu = dtype.itemsize < 4 and weight.device.type == "cpu"
-        if half_on_cpu or 8 * vocab * width > ACCUMULATOR_SHARE * max_bytes:
-            return "recompute"
-    return "stream"
 
 
 def fused_rpo_loss(
@@ -173,17 +206,18 @@ def fused_rpo_loss(
     num_pairs: float | None = None,
     num_chosen_tokens: float | None = None,
     validate: bool = True,
+    grad_tolerance: float = 0.0,
     max_workspace_mb: float | None = None,
     strategy: str = "auto",
     backend: str = "auto",
 ) -> RPOOutput:
-    """Regularized Preference Optimization: a preference loss plus an SFT term on the chosen response, without logits.
+    """Regularized Preference Optimization: a preference loss plus SFT on the chosen response.
 
-    For B pairs, with ``s(y)`` the summed log-probs of a response and ``ref(y)`` the reference model's (Liu et al. 2024, arXiv
-    2405.16436, eq. 4.8, for the default ``loss_type="sigmoid"``)::
+    For B pairs, with ``s(y)`` the summed log-probs of a response and ``ref(y)`` the reference
+    model's (Liu et al. 2024, arXiv 2405.16436, eq. 4.8, for the default ``loss_type="sigmoid"``)::
 
         m    = beta * [(s(y_c) - ref(y_c)) - (s(y_r) - ref(y_r))]
-        loss = mean over pairs of  -(1 - eps) log sigmoid(m) - eps log sigmoid(-m)   +   w * sft_loss
+        loss = mean over pairs of [-(1 - eps) log sigmoid(m) - eps log sigmoid(-m)]  +  w * sft_loss
 
     ==================  =======================================  ==================
     sft_reduction       sft_loss                                 w by default
@@ -196,79 +230,86 @@ def fused_rpo_loss(
     A pair without any response token contributes 0 to everything.
 
     Args:
-        hidden: (2B, T, D), B chosen sequences first, then their B rejected ones; or packed (N, D) with `cu_seqlens`.
+        hidden: (2B, T, D), B chosen sequences, then their B rejected ones; or packed (N, D) with
+            `cu_seqlens`.
         weight: (V, D), hidden's dtype; any floating dtype under `torch.autocast`.
-        labels: (2B, T) or (N,), int64 or int32, aligned with hidden: ``labels[i]`` is what ``hidden[i]`` predicts.
-        ref_logps: (2B,) summed reference log-probs in nats, chosen first; None = reference-free (ref = 0).
+        labels: (2B, T) or (N,), int64 or int32, aligned: ``labels[i]`` is what ``hidden[i]``
+            predicts.
+        ref_logps: (2B,) summed reference log-probs in nats, chosen first; None = reference-free
+            (ref = 0).
         bias: (V,), or None.
-        beta: strength of the KL regularization, > 0. eta: coefficient of the SFT term, >= 0; 0 is the preference loss alone.
-        sft_reduction, scale_eta_by_beta: form and weight of the SFT term, see the table; True or False overrides "times beta".
-        label_smoothing: eps in [0, 0.5), for sigmoid (cDPO), robust, exo_pair (> 0), simpo and cpo; an error elsewhere.
-        loss_type: on sums of log-ratios: sigmoid, robust, hinge, exo_pair, apo_zero, apo_down, sppo_hard, nca_pair; on
-            per-token means: ipo; reference-free: cpo (sums), simpo and orpo (means). `rpo_kernels.losses` has the formulas.
-        simpo_gamma: SimPO's target margin (default 0.5), an error with other losses.
+        beta: strength of the KL regularization, > 0.
+        eta: coefficient of the SFT term, >= 0; 0 is the preference loss alone.
+        sft_reduction: form of the SFT term, see the table.
+        scale_eta_by_beta: True or False overrides whether w carries the factor beta.
+        label_smoothing: eps in [0, 0.5), for sigmoid (cDPO), robust, exo_pair (> 0), simpo and cpo;
+            an error elsewhere.
+        loss_type: on sums of log-ratios: sigmoid, robust, hinge, exo_pair, apo_zero, apo_down,
+            sppo_hard, nca_pair; on per-token means of them: ipo; reference-free: cpo (sums), simpo
+            and orpo (means). `rpo_kernels.losses` has the formulas and their sources.
+        simpo_gamma: SimPO's target margin (default 0.5); an error with other losses.
         cu_seqlens: (2B + 1,) int32 or int64 row offsets of packed sequences, chosen first.
         ignore_index: label of prompt and padding positions; they cost nothing.
-        logit_scale, logit_softcap: as in `linear_logprobs`.
-        num_pairs: pairs of the whole optimizer step, where it is split over micro-batches or ranks; default B. B may be 0.
-        num_chosen_tokens: chosen response tokens of the whole step, for ``"token_mean"``; default the local count.
-        validate: check labels and offsets (part of the one device synchronization a call makes anyway).
+        logit_scale: as in `linear_logprobs`.
+        logit_softcap: as in `linear_logprobs`.
+        num_pairs: pairs of the whole optimizer step, where it is split over micro-batches or ranks;
+            default B. B may be 0.
+        num_chosen_tokens: chosen response tokens of the whole step, for ``"token_mean"``; default
+            the local count.
+        validate: check labels and offsets, in the one device synchronization a call makes anyway.
+        grad_tolerance: share of dlogits' L1 mass, weighted by the loss coefficients, that the
+            gradient may leave out (`rpo_kernels.engines.skipping`); 0 is exact. The matmuls of the
+            gradient then cost the share of the vocabulary that is kept. `RPOOutput.skipped`
+            certifies what was left out.
         max_workspace_mb: bound on temporary memory in MiB; default 512 on CPU, 1024 elsewhere.
-        strategy: "recompute" (4U; backward recomputes), "stream" (3U, or 2U if weight is frozen; the gradient is made in
-            forward, so backward needs neither weight nor logits) or "auto". Streaming a pair whose rows times V exceed the
-            workspace takes two float32 accumulators of (V, D). ``auto`` streams, except: no gradient is wanted; fp16; fewer
-            than 256 rows fit the workspace; or the weight needs a gradient, not all rows fit at once and either the
-            accumulators exceed 4 workspaces or the matmuls are half precision on a CPU (which rounds each product).
+        strategy: "recompute" (4U; backward recomputes), "stream" (3U, or 2U if weight is frozen;
+            the gradient is made in forward, so backward needs neither weight nor logits) or "auto".
+            Streaming a pair whose rows times V exceed the workspace takes two float32 accumulators
+            of (V, D), several groups of pairs take one where weight is half precision. ``auto``
+            streams, except: no gradient is wanted; fp16; fewer than 256 rows fit the workspace; or
+            the weight needs a gradient, not all rows fit at once, and either two accumulators
+            exceed 4 workspaces or the matmuls are half precision on a CPU (which rounds each
+            product).
         backend: "auto", "triton" or "torch"; an explicit one runs or raises.
 
     Returns:
         `RPOOutput`; ``loss`` is a float32 (float64) scalar. NaN or infinite logits give NaN.
 
     Raises:
-        ValueError, TypeError: an argument of wrong shape, dtype, device or range, or a combination that the loss does not
-            define; the message names argument, expectation and value.
+        ValueError, TypeError: an argument of wrong shape, dtype, device or range, or a combination
+            that the loss does not define; the message names argument, expectation and value.
         RuntimeError: ``backend="triton"`` cannot run here.
     """
     checks.check_head(hidden, weight, labels, bias, logit_scale, logit_softcap, ignore_index)
-    checks.check_run(backend, max_workspace_mb, strategy)
+    checks.check_run(backend, max_workspace_mb, grad_tolerance, strategy)
     checks.check_normalizers(num_pairs, num_chosen_tokens)
     rows, flat_labels, cu_seqlens = _sequences(hidden, labels, cu_seqlens)
     sequences = cu_seqlens.shape[0] - 1
-    checks.check_loss(
-        loss_type,
-        beta,
-        eta,
-        label_smoothing,
-        sft_reduction,
-        simpo_gamma,
-        ref_logps,
-        sequences,
-        hidden,
-    )
+    checks.check_loss(loss_type, beta, eta, label_smoothing, sft_reduction, simpo_gamma)
+    checks.check_reference(loss_type, ref_logps, sequences, hidden)
     weight_sft = sft_weight(eta, beta, sft_reduction, scale_eta_by_beta)
+    gamma = 0.5 if simpo_gamma is None else float(simpo_gamma)
     dtype, max_bytes = _compute_dtype(hidden, weight), _workspace(hidden, max_workspace_mb)
-    needs = _needs(hidden, weight, bias)
-    how = _strategy(strategy, weight, dtype, rows.shape[0], max_bytes, needs)
+    needs, tolerance = _needs(hidden, weight, bias), float(grad_tolerance)
+    how = _strategy(strategy, weight, dtype, rows.shape[0], max_bytes, needs, tolerance)
     loss, terms, pairs, *_ = ops.preference_loss(
-        rows, weight, flat_labels, cu_seqlens, ref_logps, bias, ignore_index, float(logit_scale), logit_softcap, dtype,
-        loss_type, float(beta), float(label_smoothing), 0.5 if simpo_gamma is None else float(simpo_gamma), weight_sft,
-        sft_reduction, num_pairs, num_chosen_tokens, validate, max_bytes, backend, how, needs,
+        rows, weight, flat_labels, cu_seqlens, ref_logps, bias, ignore_index, float(logit_scale),
+        logit_softcap, dtype, loss_type, float(beta), float(label_smoothing), gamma, weight_sft,
+        sft_reduction, num_pairs, num_chosen_tokens, validate, how, needs, tolerance, max_bytes,
+        backend,
     )  # fmt: skip
-    terms, pairs = terms.detach(), pairs.detach()
-    _, _, chosen_logps, rejected_logps, chosen_rewards, rejected_rewards = pairs.unbind(1)
-    gap, norm = chosen_rewards - rejected_rewards, num_pairs or max(sequences // 2, 1)
-    accuracy = (gap > 0).to(gap.dtype).sum() + 0.5 * (gap == 0).to(gap.dtype).sum()
-    return RPOOutput(
-        loss,
-        terms[0],
-        terms[1],
-        chosen_logps,
-        rejected_logps,
-        chosen_rewards,
-        rejected_rewards,
-        accuracy / norm,
-        gap.sum() / norm,
-    )
+    dpo_loss, sft_loss, skipped = terms.detach().unbind()
+    table = pairs.detach().unbind(
+        1
+    )  # losses, SFT losses, log-probs and rewards of chosen and rejected
+    gap, norm = table[4] - table[5], num_pairs or max(sequences // 2, 1)
+    wins = (gap > 0).to(gap.dtype) + 0.5 * (gap == 0).to(gap.dtype)
+    metrics = (*table[2:], wins.sum() / norm, gap.sum() / norm, skipped)
+    return RPOOutput(loss, dpo_loss, sft_loss, *metrics)
+
+
+def _needs(*tensors: Tensor | None) -> list[bool]:
+    return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
 
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -287,6 +328,7 @@ def fused_preference_loss(
     logit_softcap: float | None = None,
     num_pairs: float | None = None,
     validate: bool = True,
+    grad_tolerance: float = 0.0,
     max_workspace_mb: float | None = None,
     strategy: str = "auto",
     backend: str = "auto",
@@ -294,73 +336,50 @@ def fused_preference_loss(
     """The engines of `fused_rpo_loss` for a preference loss of one's own.
 
     Args:
-        hidden, weight, labels, bias, cu_seqlens, ignore_index, logit_scale, logit_softcap, num_pairs, validate,
-            max_workspace_mb, strategy, backend: as in `fused_rpo_loss`.
-        loss_fn: ``(logps (2, b), counts (2, b), index (b,)) -> losses (b,)``, differentiable PyTorch code: summed log-probs and
-            token counts of b pairs, row 0 chosen and row 1 rejected, and which of the B pairs they are (to index reference
-            log-probs or weights with). Pairs must not interact: while streaming it sees a few pairs at a time.
+        hidden: (2B, T, D) or packed (N, D); this and every argument not named below as in
+            `fused_rpo_loss`.
+        weight: (V, D).
+        labels: (2B, T) or (N,).
+        loss_fn: ``(logps (2, b), counts (2, b), index (b,)) -> losses (b,)``, differentiable
+            PyTorch code: summed log-probs and token counts of b pairs, row 0 chosen and row 1
+            rejected, and which of the B pairs they are (to index reference log-probs or weights
+            with). Pairs must not interact: while streaming it sees a few pairs at a time.
+        num_pairs: what the sum of losses is divided by; default B.
 
     Returns:
-        ``loss ()``, the sum of the losses over `num_pairs` (default B), differentiable; ``logps (2, B)``, detached.
+        ``loss ()``, differentiable; ``logps (2, B)``, detached.
 
     Raises:
-        As `fused_rpo_loss`; ValueError also where `loss_fn` returns another shape, or for ``strategy="stream"`` under
-        `torch.compile` (a Python function cannot be part of an operator; ``"auto"`` recomputes there).
+        ValueError, TypeError, RuntimeError: as `fused_rpo_loss`; ValueError also where `loss_fn`
+            returns another shape, or for ``strategy="stream"`` under `torch.compile` (a Python
+            function cannot be part of an operator; ``"auto"`` recomputes there).
     """
     checks.check_head(hidden, weight, labels, bias, logit_scale, logit_softcap, ignore_index)
-    checks.check_run(backend, max_workspace_mb, strategy)
+    checks.check_run(backend, max_workspace_mb, grad_tolerance, strategy)
     checks.check_normalizers(num_pairs, None)
     rows, flat_labels, cu_seqlens = _sequences(hidden, labels, cu_seqlens)
     pairs = (cu_seqlens.shape[0] - 1) // 2
     norm = float(num_pairs or max(pairs, 1))
     dtype, max_bytes = _compute_dtype(hidden, weight), _workspace(hidden, max_workspace_mb)
-    needs = _needs(hidden, weight, bias)
-    compiling = torch.compiler.is_compiling()
-    if compiling and strategy == "stream":
-        raise ValueError(
-            "strategy: expected 'recompute' or 'auto' under torch.compile with a loss_fn, got 'stream'"
-        )
-    how = (
-        "recompute"
-        if compiling
-        else _strategy(strategy, weight, dtype, rows.shape[0], max_bytes, needs)
-    )
-    head = (ignore_index, float(logit_scale), logit_softcap, dtype)
+    needs, tolerance = _needs(hidden, weight, bias), float(grad_tolerance)
+    if torch.compiler.is_compiling():
+        if strategy == "stream":
+            raise ValueError(
+                "strategy: expected 'recompute' or 'auto' under torch.compile with a loss_fn, "
+                "got 'stream'"
+            )
+        strategy = "recompute"
+    how = _strategy(strategy, weight, dtype, rows.shape[0], max_bytes, needs, tolerance)
+    layer = (ignore_index, float(logit_scale), logit_softcap, dtype, validate)
+    run = (tolerance, max_bytes, backend)
     if how == "stream":
         return CustomLoss.apply(
-            rows,
-            weight,
-            bias,
-            flat_labels,
-            cu_seqlens,
-            head,
-            loss_fn,
-            norm,
-            validate,
-            max_bytes,
-            backend,
-            needs,
+            rows, weight, bias, flat_labels, cu_seqlens, layer, run, loss_fn, norm, needs
         )
-    ignore_index, scale, softcap, dtype = head
-    logps, _ = ops.linear_logprobs(
-        rows,
-        weight,
-        flat_labels,
-        bias,
-        ignore_index,
-        scale,
-        softcap,
-        dtype,
-        validate,
-        max_bytes,
-        backend,
-    )
+    logps, *_ = ops.linear_logprobs(rows, weight, flat_labels, bias, *layer, *run)
     sums = ops.sequence_sums(logps, cu_seqlens).view(2, pairs)
-    counts = ops.sequence_sums((flat_labels != ignore_index).to(logps.dtype), cu_seqlens).view(
-        2, pairs
-    )
-    losses = checks.pair_losses(loss_fn, sums, counts, torch.arange(pairs, device=hidden.device))
+    kept = (flat_labels != ignore_index).to(logps.dtype)
+    counts = ops.sequence_sums(kept, cu_seqlens).view(2, pairs)
+    index = torch.arange(pairs, device=hidden.device)
+    losses = checks.pair_losses(loss_fn, sums, counts, index)
     return losses.sum() / norm, sums.detach()
-
-
-__all__ = ["LOSSES", "RPOOutput", "fused_preference_loss", "fused_rpo_loss", "linear_logprobs"]

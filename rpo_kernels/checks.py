@@ -1,4 +1,6 @@
-"""What callers get wrong, said before any kernel runs: the argument, what was expected, what came, and the remedy."""
+"""What callers get wrong, said before any kernel runs: the argument, what was expected, what came,
+and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def check_head(
     softcap: float | None,
     ignore_index: int,
 ) -> None:
-    """Check the tensors of an output layer: hidden (..., D), weight (V, D), labels (...), bias (V,); no device is read."""
+    """Check the tensors of an output layer: hidden (..., D), weight (V, D), labels (...), bias
+    (V,); no device is read.
+    """
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
         if not isinstance(tensor, Tensor):
             _fail(name, "a torch.Tensor", type(tensor).__name__, TypeError)
@@ -87,10 +91,14 @@ def check_head(
         )
 
 
-def check_run(backend: str, max_workspace_mb: float | None, strategy: str = "auto") -> None:
+def check_run(
+    backend: str, max_workspace_mb: float | None, grad_tolerance: float, strategy: str = "auto"
+) -> None:
     """Check the arguments that choose how to compute."""
     if strategy not in STRATEGIES:
         _fail("strategy", f"one of {', '.join(STRATEGIES)}", repr(strategy))
+    if not 0 <= grad_tolerance < 1:
+        _fail("grad_tolerance", "a share in [0, 1) (0 is exact)", grad_tolerance)
     if backend not in BACKENDS:
         _fail("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
     if max_workspace_mb is not None and not max_workspace_mb > 0:
@@ -146,11 +154,8 @@ def check_loss(
     label_smoothing: float,
     sft_reduction: str,
     simpo_gamma: float | None,
-    ref_logps: Tensor | None,
-    sequences: int,
-    hidden: Tensor,
 ) -> None:
-    """Check the loss and its coefficients, and that the combination is one that the loss defines."""
+    """Check the loss and its coefficients, and that the loss defines the combination."""
     if loss_type not in LOSSES:
         _fail("loss_type", f"one of {', '.join(LOSSES)}", repr(loss_type))
     if sft_reduction not in SFT_REDUCTIONS:
@@ -183,9 +188,15 @@ def check_loss(
         )
     if simpo_gamma is not None and not (math.isfinite(simpo_gamma) and simpo_gamma >= 0):
         _fail("simpo_gamma", "a finite number >= 0", simpo_gamma)
+
+
+def check_reference(
+    loss_type: str, ref_logps: Tensor | None, sequences: int, hidden: Tensor
+) -> None:
+    """Check ref_logps (2B,), and that the loss has a reference model."""
     if ref_logps is None:
         return
-    if not loss.reference:
+    if not LOSSES[loss_type].reference:
         _fail(
             "ref_logps",
             f"None with loss_type={loss_type!r}, which has no reference model",

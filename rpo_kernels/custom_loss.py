@@ -1,4 +1,6 @@
-"""Streaming for a loss function given as Python code: autograd on two numbers per pair (`fused_preference_loss`)."""
+"""Streaming for a loss function given as Python code: autograd on two numbers per pair
+(`fused_preference_loss`).
+"""
 
 from __future__ import annotations
 
@@ -13,26 +15,13 @@ from rpo_kernels.spec import Head, Transform
 
 
 class CustomLoss(torch.autograd.Function):
-    """``(hidden (M, D), weight (V, D), bias, labels (M,), ...) -> loss (), logps (2, B)``, its gradient made in forward."""
+    """``hidden (M, D), weight (V, D), bias, labels (M,), ... -> loss (), logps (2, B)``."""
 
     @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        bias,
-        labels,
-        cu_seqlens,
-        head,
-        loss_fn,
-        norm,
-        validate,
-        max_bytes,
-        backend,
-        needs,
-    ):
+    def forward(ctx, hidden, weight, bias, labels, cu_seqlens, layer, run, loss_fn, norm, needs):
         """Run one sweep; keep the gradients."""
-        ignore_index, scale, softcap, dtype = head
+        ignore_index, scale, softcap, dtype, validate = layer
+        tolerance, max_bytes, backend = run
         module = select(backend, hidden)
         rows, offsets = keep_rows(labels, weight.shape[0], ignore_index, validate, cu_seqlens)
         count = len(offsets) // 2
@@ -57,9 +46,9 @@ class CustomLoss(torch.autograd.Function):
             )
             return torch.stack([losses.detach().to(leaf.dtype), *leaf.detach()], dim=1), coef
 
-        layer = Head(weight, bias, Transform(scale, softcap), dtype)
-        pairs, *grads = streaming.loss_and_grads(
-            hidden, rows, offsets, layer, module, settle, max_bytes, tuple(needs)
+        head = Head(weight, bias, Transform(scale, softcap), dtype)
+        pairs, _, *grads = streaming.loss_and_grads(
+            hidden, rows, offsets, head, module, settle, max_bytes, tuple(needs), tolerance
         )
         ctx.save_for_backward(*grads)
         logps = pairs[:, 1:].t().contiguous()
@@ -70,4 +59,4 @@ class CustomLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         """Multiply the kept gradients by the upstream scalar."""
-        return *(None if x is None else x * grad for x in ctx.saved_tensors), *[None] * 9
+        return *(None if x is None else x * grad for x in ctx.saved_tensors), *[None] * 7

@@ -4,26 +4,32 @@ A loss is a pure function of one pair, elementwise over any number of pairs:
 
     loss(c, r, beta, epsilon, gamma) -> (value, d value / d c, d value / d r)
 
-`c` and `r` are what the loss compares: for most losses the log-ratio ``s(y) - ref(y)`` of the chosen and rejected response,
-``s(y) = sum_t log pi(y_t | x, y_<t)``; for the losses with ``mean=True`` the same divided by the response's token count; for
-the reference-free ones ``s(y)`` alone. The value and its two slopes stand side by side because that is all that a training
-step needs: every engine multiplies the slopes into the gradient of the log-probs, so no autograd graph is ever built.
+`c` and `r` are what the loss compares: for most losses the log-ratio ``s(y) - ref(y)`` of the
+chosen and rejected response, ``s(y) = sum_t log pi(y_t | x, y_<t)``; for the losses with
+``mean=True`` the same divided by the response's token count; for the reference-free ones ``s(y)``
+alone. The value and its two slopes stand side by side because that is all that a training
+step needs: every engine multiplies the slopes into the gradient of the log-probs, so no autograd
+    graph is ever built.
 
-The functions use nothing but arithmetic and the five names imported below (`exp`, `log`, `relu`, `sigmoid`, `logsigmoid`)
-plus `where`, so that `backends.triton_backend` compiles *the same source* into its tail kernel: no loss is written twice.
-`tests/test_losses.py` checks every slope against float64 autograd.
+The functions use nothing but arithmetic and the five names imported below (`exp`, `log`, `relu`,
+`sigmoid`, `logsigmoid`) plus `where`, so that `backends.triton_backend` compiles *the same source*
+into its tail kernel: no loss is written twice. `tests/test_losses.py` checks every slope against
+float64 autograd.
 """
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, exp, log, relu, sigmoid, where
 from torch.nn.functional import logsigmoid
 
 
 def sigmoid_loss(c, r, beta, epsilon, gamma):
-    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7); epsilon > 0 is cDPO (Mitchell 2023). RPO's preference term."""
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7); epsilon > 0 is cDPO (Mitchell 2023).
+    RPO's preference term.
+    """
     m = beta * (c - r)
     value = -(1 - epsilon) * logsigmoid(m) - epsilon * logsigmoid(-m)
     slope = beta * (epsilon - sigmoid(-m))
@@ -31,7 +37,9 @@ def sigmoid_loss(c, r, beta, epsilon, gamma):
 
 
 def robust_loss(c, r, beta, epsilon, gamma):
-    """Robust DPO, unbiased under label flips of rate epsilon (Chowdhury et al. 2024, arXiv 2403.00409, eq. 12)."""
+    """Robust DPO, unbiased under label flips of rate epsilon (Chowdhury et al. 2024, arXiv
+    2403.00409, eq. 12).
+    """
     m = beta * (c - r)
     value = (-(1 - epsilon) * logsigmoid(m) + epsilon * logsigmoid(-m)) / (1 - 2 * epsilon)
     slope = -beta * ((1 - epsilon) * sigmoid(-m) + epsilon * sigmoid(m)) / (1 - 2 * epsilon)
@@ -39,7 +47,9 @@ def robust_loss(c, r, beta, epsilon, gamma):
 
 
 def hinge_loss(c, r, beta, epsilon, gamma):
-    """SLiC-HF's hinge on the scaled log-ratio (Zhao et al. 2023, arXiv 2305.10425; Liu et al. 2023, arXiv 2309.06657)."""
+    """SLiC-HF's hinge on the scaled log-ratio (Zhao et al. 2023, arXiv 2305.10425; Liu et al. 2023,
+    arXiv 2309.06657).
+    """
     gap = 1 - beta * (c - r)
     value = relu(gap)
     slope = where(gap > 0, -beta + 0 * gap, 0 * gap)
@@ -47,13 +57,17 @@ def hinge_loss(c, r, beta, epsilon, gamma):
 
 
 def ipo_loss(c, r, beta, epsilon, gamma):
-    """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17) on per-token means, as its authors advise and TRL does."""
+    """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17) on per-token means, as its authors advise
+    and TRL does.
+    """
     gap = c - r - 1 / (2 * beta)
     return gap * gap, 2 * gap, -2 * gap
 
 
 def exo_pair_loss(c, r, beta, epsilon, gamma):
-    """EXO's reverse KL for pairs (Ji et al. 2024, arXiv 2402.00856, eq. 16); epsilon > 0 is required."""
+    """EXO's reverse KL for pairs (Ji et al. 2024, arXiv 2402.00856, eq. 16); epsilon > 0 is
+    required.
+    """
     m = beta * (c - r)
     win, lose = sigmoid(m), sigmoid(-m)
     up = logsigmoid(m) - log(1 - epsilon + 0 * m)
@@ -82,14 +96,18 @@ def sppo_hard_loss(c, r, beta, epsilon, gamma):
 
 
 def nca_pair_loss(c, r, beta, epsilon, gamma):
-    """NCA for pairs: absolute likelihoods, not only their gap (Chen et al. 2024, arXiv 2402.05369, eq. 11)."""
+    """NCA for pairs: absolute likelihoods, not only their gap (Chen et al. 2024, arXiv 2402.05369,
+    eq. 11).
+    """
     u, v = beta * c, beta * r
     value = -logsigmoid(u) - 0.5 * logsigmoid(-u) - 0.5 * logsigmoid(-v)
     return value, beta * (0.5 * sigmoid(u) - sigmoid(-u)), 0.5 * beta * sigmoid(v)
 
 
 def simpo_loss(c, r, beta, epsilon, gamma):
-    """SimPO with target margin gamma, on means, reference-free (Meng et al. 2024, arXiv 2405.14734, eq. 6)."""
+    """SimPO with target margin gamma, on means, reference-free (Meng et al. 2024, arXiv 2405.14734,
+    eq. 6).
+    """
     m = beta * (c - r) - gamma
     value = -(1 - epsilon) * logsigmoid(m) - epsilon * logsigmoid(-m)
     slope = beta * (epsilon - sigmoid(-m))
@@ -97,7 +115,9 @@ def simpo_loss(c, r, beta, epsilon, gamma):
 
 
 def orpo_loss(c, r, beta, epsilon, gamma):
-    """ORPO's odds-ratio term, weight lambda = beta, on means, reference-free (Hong et al. 2024, arXiv 2403.07691, eq. 6-7)."""
+    """ORPO's odds-ratio term, weight lambda = beta, on means, reference-free (Hong et al. 2024,
+    arXiv 2403.07691, eq. 6-7).
+    """
     c, r = where(c < -1e-6, c, -1e-6 + 0 * c), where(r < -1e-6, r, -1e-6 + 0 * r)
     # 1 - exp(x) cancels near 0: six terms of its series there (relative error < 4e-12 in float64)
     near_c = -c * (1 + c / 2 * (1 + c / 3 * (1 + c / 4 * (1 + c / 5 * (1 + c / 6)))))
@@ -109,7 +129,9 @@ def orpo_loss(c, r, beta, epsilon, gamma):
 
 
 def cpo_loss(c, r, beta, epsilon, gamma):
-    """CPO's preference term: DPO with a uniform reference (Xu et al. 2024, arXiv 2401.08417, eq. 5)."""
+    """CPO's preference term: DPO with a uniform reference (Xu et al. 2024, arXiv 2401.08417, eq.
+    5).
+    """
     m = beta * (c - r)
     value = -(1 - epsilon) * logsigmoid(m) - epsilon * logsigmoid(-m)
     slope = beta * (epsilon - sigmoid(-m))
@@ -117,7 +139,9 @@ def cpo_loss(c, r, beta, epsilon, gamma):
 
 
 class Loss(NamedTuple):
-    """A loss and what it needs: `mean` per-token means instead of sums, `reference` log-probs, `smoothing` (epsilon)."""
+    """A loss and what it needs: `mean` per-token means instead of sums, `reference` log-probs,
+    `smoothing` (epsilon).
+    """
 
     pair: Callable
     mean: bool = False
@@ -145,7 +169,9 @@ SFT_REDUCTIONS = ("sum", "sequence_mean", "token_mean")
 def total_terms(
     pairs: Tensor, sft_reduction: str, num_pairs: float, num_chosen_tokens: float
 ) -> Tensor:
-    """``[preference loss, SFT loss]`` (2,) of a step from its table of pairs ``(B, >= 2)``: sums over their normalizers."""
+    """``[preference loss, SFT loss]`` (2,) of a step from its table of pairs ``(B, >= 2)``: sums
+    over their normalizers.
+    """
     norms = pairs.new_tensor(
         [num_pairs, num_chosen_tokens if sft_reduction == "token_mean" else num_pairs]
     )
@@ -155,6 +181,8 @@ def total_terms(
 def sft_weight(
     eta: float, beta: float, sft_reduction: str, scale_eta_by_beta: bool | None
 ) -> float:
-    """Weight w of the SFT term (design table of Liu et al. 2024): eta * beta for "sum", eta for the means, unless overridden."""
+    """Weight w of the SFT term (design table of Liu et al. 2024): eta * beta for "sum", eta for the
+    means, unless overridden.
+    """
     scaled = sft_reduction == "sum" if scale_eta_by_beta is None else scale_eta_by_beta
     return eta * beta if scaled else eta

@@ -1,10 +1,12 @@
 """The package's PyTorch operators: what `torch.compile`, autograd and autocast see.
 
-    rpo_kernels::linear_logprobs     hidden, weight, targets -> log-probs            (backward: recompute, 3U)
-    rpo_kernels::sequence_sums       log-probs -> one sum per sequence               (backward: expand)
-    rpo_kernels::preference_loss     hidden, weight, labels -> loss, table of pairs  (backward: recompute, or one product if streamed)
+    linear_logprobs    hidden, weight, targets -> log-probs             backward: recompute
+    sequence_sums      log-probs -> one sum per sequence                backward: expand
+    preference_loss    hidden, weight, labels -> loss, table of pairs   backward: recompute, or
+                                                                        one product if streamed
 
-Every operator drops ignored rows, picks the backend and walks panels inside, opaque to the compiler.
+Every operator drops ignored rows, picks the backend and walks panels inside, opaque to the
+compiler.
 """
 
 from __future__ import annotations
@@ -14,24 +16,46 @@ from torch import Tensor
 
 from rpo_kernels.backends import select
 from rpo_kernels.engines import recompute, streaming
+from rpo_kernels.engines.skipping import BLOCK
 from rpo_kernels.losses import total_terms
 from rpo_kernels.rows import keep_rows
 from rpo_kernels.spec import Head, Transform, accumulator_dtype
 
-ONCE = "second derivatives are not implemented: the gradient of rpo_kernels functions is not itself differentiable"
+ONCE = (
+    "second derivatives are not implemented: the gradient of rpo_kernels functions is not itself "
+    "differentiable"
+)
 
 
-def _head(
-    weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype
-) -> Head:
-    return Head(weight, bias, Transform(scale, softcap), dtype)
+def _kept_shape(rows: int, sequences: int, vocab: int, tolerance: float) -> tuple[int, int]:
+    """Shape of the mask that `recompute.forward_skipping` leaves for backward; room for any rows
+    kept.
+    """
+    return (rows // BLOCK + sequences + 1, vocab) if tolerance else (0, vocab)
 
 
 def _empty_grads(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> list[Tensor]:
     inputs = zip((hidden, weight, bias), needs, strict=True)
-    return [torch.empty_like(tensor) if need else hidden.new_empty(0) for tensor, need in inputs]
+    return [
+        torch.empty_like(x) if need and x is not None else hidden.new_empty(0) for x, need in inputs
+    ]
+
+
+def _log_probs(hidden, rows, offsets, head, module, max_bytes, tolerance, sequences):
+    """Forward of the recompute engine: ``logps (N,)``, ``lse (N,)``, the mask of kept entries,
+    masses.
+    """
+    total, vocab = hidden.shape[0], head.weight.shape[0]
+    keep = hidden.new_zeros(_kept_shape(total, sequences, vocab, tolerance), dtype=torch.bool)
+    if not tolerance:
+        return *recompute.forward(hidden, rows, head, module, max_bytes), keep, None
+    *found, kept, mass = recompute.forward_skipping(
+        hidden, rows, head, module, max_bytes, tolerance, offsets
+    )
+    keep[: kept.shape[0]] = kept
+    return *found, keep, mass
 
 
 @torch.library.custom_op("rpo_kernels::linear_logprobs", mutates_args=())
@@ -45,30 +69,27 @@ def linear_logprobs(
     softcap: float | None,
     dtype: torch.dtype,
     validate: bool,
+    tolerance: float,
     max_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """``(logps (M,), lse (M,))`` of `targets` (M,) under ``softmax(transform(hidden (M, D) @ weight (V, D)^T))``; 0 if ignored."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of `targets` (M,) under ``softmax(transform(hidden (M, D) @ weight (V, D)^T))``.
+
+    Returns ``logps (M,)``, ``lse (M,)``, both 0 where ignored, and the vocabulary entries that
+    backward keeps.
+    """
     module = select(backend, hidden)
-    rows, _ = keep_rows(targets, weight.shape[0], ignore_index, validate)
-    logps = hidden.new_zeros(targets.shape, dtype=accumulator_dtype(dtype))
-    lse = torch.zeros_like(logps)
-    if rows.targets.shape[0] == 0:
-        return logps, lse
-    found = recompute.forward(
-        hidden, rows, _head(weight, bias, scale, softcap, dtype), module, max_bytes
-    )
-    if rows.index is None:
-        return found
-    return logps.index_copy_(0, rows.index, found[0]), lse.index_copy_(0, rows.index, found[1])
+    rows, offsets = keep_rows(targets, weight.shape[0], ignore_index, validate)
+    head = Head(weight, bias, Transform(scale, softcap), dtype)
+    logps, lse, keep, _ = _log_probs(hidden, rows, offsets, head, module, max_bytes, tolerance, 1)
+    return rows.spread(logps, targets.shape[0]), rows.spread(lse, targets.shape[0]), keep
 
 
 @linear_logprobs.register_fake
-def _(
-    hidden, weight, targets, bias, ignore_index, scale, softcap, dtype, validate, max_bytes, backend
-):
+def _(hidden, weight, targets, bias, ignore_index, scale, softcap, dtype, validate, tolerance, *_):
     logps = hidden.new_empty(targets.shape, dtype=accumulator_dtype(dtype))
-    return logps, torch.empty_like(logps)
+    shape = _kept_shape(hidden.shape[0], 1, weight.shape[0], tolerance)
+    return logps, torch.empty_like(logps), hidden.new_empty(shape, dtype=torch.bool)
 
 
 @torch.library.custom_op("rpo_kernels::linear_logprobs_backward", mutates_args=())
@@ -76,82 +97,59 @@ def linear_logprobs_backward(
     grad: Tensor,
     logps: Tensor,
     lse: Tensor,
+    keep: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    cu_seqlens: Tensor | None,
     ignore_index: int,
     scale: float,
     softcap: float | None,
     dtype: torch.dtype,
+    tolerance: float,
     max_bytes: int,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for hidden, weight and bias (empty where not needed); rows without upstream gradient cost nothing."""
-    masked = torch.where(grad != 0, targets, ignore_index)
-    rows, _ = keep_rows(masked, weight.shape[0], ignore_index, validate=False)
-    head = _head(weight, bias, scale, softcap, dtype)
-    found = recompute.backward(
-        grad, logps, lse, hidden, rows, head, select(backend, hidden), max_bytes, tuple(needs)
-    )
-    return tuple(hidden.new_empty(0) if x is None else x for x in found)
+    """Gradients for hidden, weight and bias (empty where not needed); rows without gradient cost
+    nothing.
+    """
+    module = select(backend, hidden)
+    head = Head(weight, bias, Transform(scale, softcap), dtype)
+    wanted = (needs[0], needs[1], needs[2])
+    if tolerance:
+        rows, offsets = keep_rows(targets, weight.shape[0], ignore_index, False, cu_seqlens)
+        found = recompute.backward_skipping(
+            grad, logps, lse, hidden, rows, head, module, wanted, offsets, keep
+        )
+    else:
+        masked = torch.where(grad != 0, targets, ignore_index)
+        rows, _ = keep_rows(masked, weight.shape[0], ignore_index, validate=False)
+        found = recompute.backward(grad, logps, lse, hidden, rows, head, module, max_bytes, wanted)
+    d_hidden, d_weight, d_bias = (hidden.new_empty(0) if x is None else x for x in found)
+    return d_hidden, d_weight, d_bias
 
 
 @linear_logprobs_backward.register_fake
-def _(
-    grad,
-    logps,
-    lse,
-    hidden,
-    weight,
-    targets,
-    bias,
-    ignore_index,
-    scale,
-    softcap,
-    dtype,
-    max_bytes,
-    backend,
-    needs,
-):
-    return tuple(_empty_grads(hidden, weight, bias, needs))
+def _(grad, logps, lse, keep, hidden, weight, targets, bias, *rest):
+    return tuple(_empty_grads(hidden, weight, bias, rest[-1]))
 
 
 def _save_logprobs(ctx, inputs, output):
-    hidden, weight, targets, bias, *rest = inputs
-    ctx.rest = rest
+    hidden, weight, targets, bias, ignore_index, scale, softcap, dtype, _, *rest = inputs
+    ctx.rest = (None, ignore_index, scale, softcap, dtype, *rest)
     ctx.save_for_backward(*output, hidden, weight, targets, bias)
     ctx.set_materialize_grads(False)
 
 
-def _grad_logprobs(ctx, grad, grad_lse):
+def _grad_logprobs(ctx, grad, grad_lse, grad_keep):
     if grad is None:
-        return (None,) * 11
-    logps, lse, hidden, weight, targets, bias = ctx.saved_tensors
-    ignore_index, scale, softcap, dtype, _, max_bytes, backend = ctx.rest
+        return (None,) * 12
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    d_hidden, d_weight, d_bias = linear_logprobs_backward(
-        grad,
-        logps,
-        lse,
-        hidden,
-        weight,
-        targets,
-        bias,
-        ignore_index,
-        scale,
-        softcap,
-        dtype,
-        max_bytes,
-        backend,
-        needs,
-    )
-    grads = [
-        grad if need else None
-        for grad, need in zip((d_hidden, d_weight, d_bias), needs, strict=True)
-    ]
-    return grads[0], grads[1], None, grads[2], *[None] * 7
+    found = linear_logprobs_backward(grad, *ctx.saved_tensors, *ctx.rest, needs)
+    grads = [x if need else None for x, need in zip(found, needs, strict=True)]
+    return grads[0], grads[1], None, grads[2], *[None] * 8
 
 
 linear_logprobs.register_autograd(_grad_logprobs, setup_context=_save_logprobs)
@@ -159,10 +157,11 @@ linear_logprobs.register_autograd(_grad_logprobs, setup_context=_save_logprobs)
 
 @torch.library.custom_op("rpo_kernels::sequence_sums", mutates_args=())
 def sequence_sums(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sum `logps` (M,) over each of the sequences that `cu_seqlens` (S + 1,) delimits; (S,), in a fixed order."""
-    return torch.segment_reduce(logps.double(), "sum", offsets=cu_seqlens.long(), initial=0.0).to(
-        logps.dtype
-    )
+    """Sum `logps` (M,) over each of the sequences that `cu_seqlens` (S + 1,) delimits: (S,), in a
+    fixed order.
+    """
+    offsets = cu_seqlens.long()
+    return torch.segment_reduce(logps.double(), "sum", offsets=offsets, initial=0.0).to(logps.dtype)
 
 
 @sequence_sums.register_fake
@@ -205,80 +204,76 @@ def preference_loss(
     num_pairs: float | None,
     num_chosen_tokens: float | None,
     validate: bool,
-    max_bytes: int,
-    backend: str,
     strategy: str,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``loss``, ``terms (2,)`` (preference, SFT), ``pairs (B, 6)``, and three tensors for backward.
+    tolerance: float,
+    max_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``loss``, ``terms (3,)`` (preference, SFT, skipped share), ``pairs (B, 6)``, and four tensors
+    for backward.
 
-    These are the gradients for hidden, weight and bias (empty where not needed) if streamed, and ``logps``, ``lse`` and
-    ``d loss / d logps``, each (M,), to recompute from otherwise.
+    These are the gradients for hidden, weight and bias (empty where not needed) and an empty one if
+    streamed; else, to recompute from, ``logps``, ``lse`` and ``d loss / d logps``, each (M,), and
+    the vocabulary entries that backward keeps.
     """
     module = select(backend, hidden)
     rows, offsets = keep_rows(labels, weight.shape[0], ignore_index, validate, cu_seqlens)
     count = len(offsets) // 2
     norms = (float(num_pairs or max(count, 1)), float(num_chosen_tokens or max(offsets[count], 1)))
-    head = _head(weight, bias, scale, softcap, dtype)
+    head = Head(weight, bias, Transform(scale, softcap), dtype)
 
     def settle(first: int, last: int, logps: Tensor) -> tuple[Tensor, Tensor]:
         chosen = [x - offsets[first] for x in offsets[first : last + 1]]
-        rejected = [
-            x - offsets[count + first] + chosen[-1]
-            for x in offsets[count + first + 1 : count + last + 1]
-        ]
-        refs = (
-            None
-            if ref_logps is None
-            else torch.cat([ref_logps[first:last], ref_logps[count + first : count + last]])
-        )
-        return module.tail(
-            logps,
-            labels.new_tensor(chosen + rejected),
-            refs,
-            loss_type,
-            beta,
-            epsilon,
-            gamma,
-            sft_weight,
-            sft_reduction,
-            *norms,
-        )
+        ends = offsets[count + first + 1 : count + last + 1]
+        rejected = [x - offsets[count + first] + chosen[-1] for x in ends]
+        refs = ref_logps
+        if refs is not None:
+            refs = torch.cat([refs[first:last], refs[count + first : count + last]])
+        loss = (loss_type, beta, epsilon, gamma, sft_weight, sft_reduction)
+        return module.tail(logps, labels.new_tensor(chosen + rejected), refs, *loss, *norms)
 
     if strategy == "stream":
-        pairs, *grads = streaming.loss_and_grads(
-            hidden, rows, offsets, head, module, settle, max_bytes, tuple(needs)
-        )
-        saved = [hidden.new_empty(0) if grad is None else grad for grad in grads]
+        pairs, skipped, *grads = streaming.loss_and_grads(
+            hidden, rows, offsets, head, module, settle, max_bytes,
+            (needs[0], needs[1], needs[2]), tolerance,
+        )  # fmt: skip
+        saved = [hidden.new_empty(0) if x is None else x for x in (*grads, None)]
     else:
-        found = recompute.forward(hidden, rows, head, module, max_bytes)
-        pairs, coef = settle(0, count, found[0])
-        saved = [*found, coef]
-        if rows.index is not None:
-            saved = [x.new_zeros(labels.shape).index_copy_(0, rows.index, x) for x in saved]
+        logps, lse, keep, mass = _log_probs(
+            hidden, rows, offsets, head, module, max_bytes, tolerance, len(offsets) - 1
+        )
+        pairs, coef = settle(0, count, logps)
+        skipped = recompute.skipped_share(coef, offsets, mass)
+        saved = [*(rows.spread(x, labels.shape[0]) for x in (logps, lse, coef)), keep]
     terms = total_terms(pairs, sft_reduction, *norms)
-    return terms[0] + sft_weight * terms[1], terms, pairs, *saved
+    loss = terms[0] + sft_weight * terms[1]
+    return loss, torch.cat([terms, skipped.view(1)]), pairs, *saved
 
 
 @preference_loss.register_fake
 def _(
     hidden, weight, labels, cu_seqlens, ref_logps, bias, ignore_index, scale, softcap, dtype, *rest
 ):
-    *_, strategy, needs = rest
-    pairs = hidden.new_empty((cu_seqlens.shape[0] - 1) // 2, 6, dtype=accumulator_dtype(dtype))
+    strategy, needs, tolerance, _, _ = rest[-5:]
+    sequences = cu_seqlens.shape[0] - 1
+    pairs = hidden.new_empty(sequences // 2, 6, dtype=accumulator_dtype(dtype))
     if strategy == "stream":
-        saved = _empty_grads(hidden, weight, bias, needs)
+        saved = [*_empty_grads(hidden, weight, bias, needs), hidden.new_empty(0)]
     else:
+        shape = _kept_shape(hidden.shape[0], sequences, weight.shape[0], tolerance)
         saved = [pairs.new_empty(labels.shape) for _ in range(3)]
-    return pairs.new_empty(()), pairs.new_empty(2), pairs, *saved
+        saved.append(hidden.new_empty(shape, dtype=torch.bool))
+    return pairs.new_empty(()), pairs.new_empty(3), pairs, *saved
 
 
 def _save_loss(ctx, inputs, output):
-    hidden, weight, labels, _, _, bias, ignore_index, scale, softcap, dtype, *rest = inputs
-    *_, max_bytes, backend, strategy, needs = rest
+    hidden, weight, labels, cu_seqlens, _, bias, ignore_index, scale, softcap, dtype, *rest = inputs
+    strategy, needs, tolerance, max_bytes, backend = rest[-5:]
     ctx.stream, ctx.needs = strategy == "stream", needs
-    ctx.rest = (ignore_index, scale, softcap, dtype, max_bytes, backend)
-    ctx.save_for_backward(*output[3:], *(() if ctx.stream else (hidden, weight, labels, bias)))
+    ctx.rest = (ignore_index, scale, softcap, dtype, tolerance, max_bytes, backend)
+    again = () if ctx.stream else (hidden, weight, labels, bias, cu_seqlens)
+    ctx.save_for_backward(*output[3:], *again)
     ctx.set_materialize_grads(False)
 
 
@@ -286,18 +281,14 @@ def _grad_loss(ctx, grad, *others):
     if any(other is not None for other in others):
         raise RuntimeError(ONCE)
     if grad is None:
-        return (None,) * 23
+        return (None,) * 24
     if ctx.stream:
-        grads = [
-            x * grad if need else None for x, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-        ]
+        found = [x * grad for x in ctx.saved_tensors[:3]]
     else:
-        logps, lse, coef, hidden, weight, labels, bias = ctx.saved_tensors
-        found = linear_logprobs_backward(
-            coef * grad, logps, lse, hidden, weight, labels, bias, *ctx.rest, ctx.needs
-        )
-        grads = [x if need else None for x, need in zip(found, ctx.needs, strict=True)]
-    return grads[0], grads[1], None, None, None, grads[2], *[None] * 17
+        logps, lse, coef, *again = ctx.saved_tensors
+        found = linear_logprobs_backward(coef * grad, logps, lse, *again, *ctx.rest, ctx.needs)
+    grads = [x if need else None for x, need in zip(found, ctx.needs, strict=True)]
+    return grads[0], grads[1], None, None, None, grads[2], *[None] * 18
 
 
 preference_loss.register_autograd(_grad_loss, setup_context=_save_loss)

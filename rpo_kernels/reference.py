@@ -1,4 +1,6 @@
-"""The oracle: the loss of design section 1 in a few lines of materialized float64 PyTorch. Only tests and docs import it."""
+"""The oracle: the loss of design section 1 in a few lines of materialized float64 PyTorch. Only
+tests and docs import it.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,11 @@ def preference_losses(
 
 
 def rpo_loss(
-    hidden, weight, labels, ref_logps, *, bias=None, beta=0.1, eta=0.005, sft_reduction="sum", scale_eta_by_beta=None,
-    label_smoothing=0.0, loss_type="sigmoid", simpo_gamma=0.5, logit_scale=1.0, logit_softcap=None, num_pairs=None,
-    num_chosen_tokens=None,
+    hidden, weight, labels, ref_logps, *, bias=None, beta=0.1, eta=0.005, sft_reduction="sum",
+    scale_eta_by_beta=None, label_smoothing=0.0, loss_type="sigmoid", simpo_gamma=0.5,
+    logit_scale=1.0, logit_softcap=None, num_pairs=None, num_chosen_tokens=None,
 ):  # fmt: skip
-    """Loss (), of hidden (2B, T, D) and labels (2B, T), as `rpo_kernels.fused_rpo_loss` defines it."""
+    """Loss (), of hidden (2B, T, D) and labels (2B, T), as `fused_rpo_loss` defines it."""
     logps = linear_logprobs(
         hidden, weight, labels, bias=bias, logit_scale=logit_scale, logit_softcap=logit_softcap
     )

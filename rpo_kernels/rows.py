@@ -1,4 +1,6 @@
-"""Which rows count: ignored labels are dropped before the first matmul, with one device synchronization a call."""
+"""Which rows count: ignored labels are dropped before the first matmul, with one device
+synchronization a call.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,17 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """The kept rows of a ``(M, D)`` tensor: `index` (N,) positions (None if all are kept), `targets` (N,) their labels."""
+    """The kept rows of a ``(M, D)`` tensor: `index` (N,) positions (None if all are kept),
+    `targets` (N,) their labels.
+    """
 
     index: Tensor | None
     targets: Tensor
 
     def take(self, source: Tensor, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of the kept rows of `source` (M, ...): a view if all are kept, else a copy."""
+        """Rows `start` to `stop` of the kept rows of `source` (M, ...): a view if all are kept,
+        else a copy.
+        """
         return (
             source[start:stop]
             if self.index is None
@@ -24,10 +30,18 @@ class Rows(NamedTuple):
         )
 
     def put(self, like: Tensor, values: Tensor) -> Tensor:
-        """A tensor like `like` (M, D) that holds ``values (N, D)`` in the kept rows and zeros elsewhere."""
+        """A tensor like `like` (M, D) that holds ``values (N, D)`` in the kept rows and zeros
+        elsewhere.
+        """
         if self.index is None:
             return values.to(like.dtype)
         return torch.zeros_like(like).index_copy_(0, self.index, values.to(like.dtype))
+
+    def spread(self, values: Tensor, total: int) -> Tensor:
+        """``values (N,)`` at their rows' places among `total` rows M, zeros elsewhere."""
+        if self.index is None:
+            return values
+        return values.new_zeros(total).index_copy_(0, self.index, values)
 
     def subset(self, order: Tensor) -> Rows:
         """The kept rows at positions `order` (n,), in that order."""
@@ -51,11 +65,13 @@ def keep_rows(
         targets: (M,) int64.
         vocab: V; labels must lie in [0, V) or equal `ignore_index`.
         ignore_index: label of the rows to drop.
-        validate: check the labels' range (and `cu_seqlens`), in the synchronization that counting needs anyway.
+        validate: check the labels' range (and `cu_seqlens`), in the synchronization that counting
+            needs anyway.
         cu_seqlens: (2B + 1,) row offsets of the sequences, or None.
 
     Returns:
-        `Rows`, and the kept rows' offsets of every sequence as a list of 2B + 1 ints (``[0, N]`` without `cu_seqlens`).
+        `Rows`, and the kept rows' offsets of every sequence as a list of 2B + 1 ints (``[0, N]``
+        without `cu_seqlens`).
 
     Raises:
         ValueError: a label out of range, or offsets that do not rise from 0 to M.
@@ -77,13 +93,14 @@ def keep_rows(
         low, high, first, last, step = flat[given.shape[0] :]
         if low < 0 or high >= vocab:
             raise ValueError(
-                f"labels: expected values in [0, {vocab}) or ignore_index={ignore_index}, got values from {low} to {high}; "
-                "mask padding with ignore_index and check that weight covers the tokenizer's vocabulary"
+                f"labels: expected values in [0, {vocab}) or ignore_index={ignore_index}, got "
+                f"values from {low} to {high}; mask padding with ignore_index and check that "
+                "weight covers the tokenizer's vocabulary"
             )
         if first != 0 or last != rows or step < 0:
             raise ValueError(
-                f"cu_seqlens: expected offsets that rise from 0 to {rows} (the rows of hidden), got first {first}, last {last}, "
-                f"smallest step {step}"
+                f"cu_seqlens: expected offsets that rise from 0 to {rows} (the rows of hidden), "
+                f"got first {first}, last {last}, smallest step {step}"
             )
     if offsets[-1] == rows:
         return Rows(None, targets), offsets

@@ -20,7 +20,9 @@ from torch import Tensor
 
 
 class Transform(NamedTuple):
-    """What turns ``x = h . w + b`` into a logit: ``z = cap * tanh(scale * x / cap)``, or ``scale * x`` without a cap."""
+    """What turns ``x = h . w + b`` into a logit: ``z = cap * tanh(scale * x / cap)``, or ``scale *
+    x`` without a cap.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
@@ -33,9 +35,11 @@ class Transform(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The output layer: ``weight (V, D)``, ``bias (V,)`` or None, the logit transform, and the dtype of its matmuls.
+    """The output layer: ``weight (V, D)``, ``bias (V,)`` or None, the logit transform, and the
+    dtype of its matmuls.
 
-    `dtype` differs from ``weight.dtype`` under autocast only; then the weight is cast panel by panel, never whole.
+    `dtype` differs from ``weight.dtype`` under autocast only; then the weight is cast panel by
+    panel, never whole.
     """
 
     weight: Tensor
@@ -44,9 +48,11 @@ class Head(NamedTuple):
     dtype: torch.dtype
 
     def panels(self, size: int | None = None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Yield ``(v0, weight (p, D), bias (p,) or None)`` down the vocabulary, ``p <= size``, cast to `dtype`.
+        """Yield ``(v0, weight (p, D), bias (p,) or None)`` down the vocabulary, ``p <= size``, cast
+        to `dtype`.
 
-        ``size=None`` means as few panels as the cast allows: one if there is nothing to cast, else 32 MiB of weight each.
+        ``size=None`` means as few panels as the cast allows: one if there is nothing to cast, else
+        32 MiB of weight each.
         """
         vocab, width = self.weight.shape
         if size is None:

@@ -1,4 +1,5 @@
-"""Tile arithmetic. Two modules with the same functions, `torch_backend` and `triton_backend`; neither imports the other.
+"""Tile arithmetic. Two modules with the same functions, `torch_backend` and `triton_backend`;
+neither imports the other.
 
 lse_and_target(hidden, weight, bias, targets, transform, max_bytes) -> (lse, target_logit)
 exp_panel(hidden, weight, bias, shift, targets, v0, transform, out, sums, target_logit) -> None
@@ -18,11 +19,12 @@ BACKENDS = ("auto", "triton", "torch")
 def select(name: str, hidden: Tensor) -> ModuleType:
     """Return the backend module for tensors like `hidden` (any shape).
 
-    ``auto`` is Triton for half and single precision on a GPU where Triton is installed, and torch everywhere else. An
-    explicit name runs or raises.
+    ``auto`` is Triton for half and single precision on a GPU where Triton is installed, and torch
+    everywhere else. An explicit name runs or raises.
 
     Raises:
-        RuntimeError: Triton was asked for and cannot run on these tensors; the message says why and what to do.
+        RuntimeError: Triton was asked for and cannot run on these tensors; the message says why and
+            what to do.
     """
     if name == "auto":
         has_triton = hidden.is_cuda and importlib.util.find_spec("triton") is not None

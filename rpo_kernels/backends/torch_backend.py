@@ -1,10 +1,11 @@
 """Tile arithmetic in plain PyTorch, on any device.
 
-Everything runs on tiles small enough for a CPU's cache (or, on a GPU, large enough to fill it), vocabulary-major
-``(p, n)``: a tile of logits is one matmul ``W_panel @ H^T``, and the passes over it are in place. Exponentials are taken in
-base 2, ``exp(z - c) = 2^(z * log2(e) - c * log2(e))``: the product and the difference are one fused pass, and `exp2` is
-about twice as fast as `exp` on CPUs. Nothing below ``exp(-60)`` is ever produced, because denormal floats slow CPU matmuls
-tenfold; what that adds to a probability is at most 1e-26.
+Everything runs on tiles small enough for a CPU's cache (or, on a GPU, large enough to fill it),
+vocabulary-major ``(p, n)``: a tile of logits is one matmul ``W_panel @ H^T``, and the passes over
+it are in place. Exponentials are taken in base 2, ``exp(z - c) = 2^(z * log2(e) - c * log2(e))``:
+the product and the difference are one fused pass, and `exp2` is about twice as fast as `exp` on
+CPUs. Nothing below ``exp(-60)`` is ever produced, because denormal floats slow CPU matmuls tenfold;
+what that adds to a probability is at most 1e-26.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def _tile_rows(device: torch.device, n: int) -> int:
 
 
 def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """``weight (p, D) @ hidden (n, D)^T -> (p, n)``, float32 or float64; into `out` if it has that dtype."""
+    """``weight (p, D) @ hidden (n, D)^T -> (p, n)``, float32 or float64; into `out` if it has that
+    dtype.
+    """
     dtype = accumulator_dtype(hidden.dtype)
     if hidden.dtype == dtype:
         return torch.mm(weight, hidden.t(), out=out)
@@ -41,7 +44,9 @@ def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
 def _base2_logits(
     tile: Tensor, bias: Tensor | None, transform: Transform
 ) -> tuple[Tensor, float, Tensor | None]:
-    """Turn ``x (p, n)`` in place into ``y`` with ``z * log2(e) = factor * y``; also ``dz/dx (p, n)`` if it varies."""
+    """Turn ``x (p, n)`` in place into ``y`` with ``z * log2(e) = factor * y``; also ``dz/dx (p,
+    n)`` if it varies.
+    """
     scale, cap = transform
     if bias is not None:
         tile.add_(bias.to(tile.dtype)[:, None])
@@ -70,7 +75,8 @@ def lse_and_target(
     transform: Transform,
     max_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of every row's logits, and its target's logit: one online pass over vocabulary tiles.
+    """Log-sum-exp of every row's logits, and its target's logit: one online pass over vocabulary
+    tiles.
 
     Args:
         hidden: (n, D). weight: (V, D), same dtype. bias: (V,) or None.
@@ -118,7 +124,8 @@ def exp_panel(
     sums: Tensor | None = None,
     target_logit: Tensor | None = None,
 ) -> None:
-    """Fill a panel with ``exp(z - shift) * dz/dx``; with ``shift = lse`` these are softmax probabilities times the slope.
+    """Fill a panel with ``exp(z - shift) * dz/dx``; with ``shift = lse`` these are softmax
+    probabilities times the slope.
 
     Args:
         hidden: (n, D). weight: (p, D), the vocabulary entries from `v0` on. bias: (p,) or None.
@@ -166,7 +173,8 @@ def tail(
     num_pairs: float,
     num_chosen_tokens: float,
 ) -> tuple[Tensor, Tensor]:
-    """From log-probs of tokens to the loss of every pair and the gradient of the total loss for every token.
+    """From log-probs of tokens to the loss of every pair and the gradient of the total loss for
+    every token.
 
     Args:
         logps: (N,) log-probs of the kept rows, sequence after sequence.
@@ -178,8 +186,9 @@ def tail(
         num_pairs, num_chosen_tokens: what the preference and the SFT term are divided by.
 
     Returns:
-        ``pairs (B, 6)``: preference loss, SFT loss (to be summed and divided by the caller), chosen and rejected log-probs,
-        chosen and rejected rewards; and ``coef (N,)``, d loss / d logps. A pair without any token is zero everywhere.
+        ``pairs (B, 6)``: preference loss, SFT loss (to be summed and divided by the caller), chosen
+        and rejected log-probs, chosen and rejected rewards; and ``coef (N,)``, d loss / d logps. A
+        pair without any token is zero everywhere.
     """
     loss, counts = LOSSES[loss_type], offsets.diff()
     sums = torch.segment_reduce(logps.double(), "sum", offsets=offsets, initial=0.0)

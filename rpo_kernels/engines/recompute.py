@@ -1,21 +1,26 @@
-"""Log-probs of tokens, and their gradient by recomputation: 4U exact, for any upstream gradient (design of the engine).
+"""Log-probs of tokens, and their gradient by recomputation: 4U exact, for any upstream gradient
+(design of the engine).
 
-Forward, 1U: the backend walks the vocabulary in tiles and keeps two numbers a row, log-sum-exp and the target's logit.
+Forward, 1U: the backend walks the vocabulary in tiles and keeps two numbers a row, log-sum-exp and
+    the target's logit.
 
 Backward, 3U, for ``g = d loss / d logp``, one number a row. With ``P`` the softmax,
 
     dlogits = g * (onehot - P),    dH = dlogits @ W,    dW = dlogits^T @ H.
 
-Walk the vocabulary in panels; recompute ``Q = P - onehot`` of the panel, vocabulary-major; `g` never touches the panel: it
-scales rows of ``H`` before, and rows of ``dH`` after the matmuls, which are N x D instead of N x V:
+Walk the vocabulary in panels; recompute ``Q = P - onehot`` of the panel, vocabulary-major; `g`
+never touches the panel: it scales rows of ``H`` before, and rows of ``dH`` after the matmuls, which
+are N x D instead of N x V:
 
     dW[panel] = Q @ (-g * H)            one matmul over all N rows of a chunk, written once
     dH       += Q^T @ W[panel]          then scaled by -g
 
-`g` is divided by a power of two first (exactly, the one above its largest magnitude), so that fp16 does not underflow and no denormals arise. The target's entry
-``p - 1`` is placed as ``expm1(logp)``, accurate where ``p`` is close to 1.
+`g` is divided by a power of two first (exactly, the one above its largest magnitude), so that fp16
+does not underflow and no denormals arise. The target's entry ``p - 1`` is placed as
+``expm1(logp)``, accurate where ``p`` is close to 1.
 
-Memory: the panel with its operands within `max_bytes`, and `dH` in float32 (N x D, an accumulator) where hidden is half.
+Memory: the panel with its operands within `max_bytes`, and `dH` in float32 (N x D, an accumulator)
+    where hidden is half.
 """
 
 from __future__ import annotations
@@ -25,7 +30,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from rpo_kernels.engines import skipping
 from rpo_kernels.engines.matmul import matmul_into, put_targets_
+from rpo_kernels.engines.panel import MAX_SUM, capacity, fill
 from rpo_kernels.rows import Rows
 from rpo_kernels.spec import Head, accumulator_dtype
 
@@ -52,6 +59,72 @@ def forward(
         lse[start:stop] = found
         logps[start:stop] = picked - found
     return logps, lse
+
+
+def forward_skipping(
+    hidden: Tensor,
+    rows: Rows,
+    head: Head,
+    backend: ModuleType,
+    max_bytes: int,
+    tolerance: float,
+    edges: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `forward`, and choose what `backward_skipping` may leave out: at most `tolerance` of every
+    block's L1 mass.
+
+    Args:
+        edges: row numbers (0 to N) that no block crosses: where `g` changes, if that is known.
+
+    Returns:
+        ``logps (N,)``, ``lse (N,)``, ``keep (blocks, V)`` bool, and ``mass (2, blocks)``: dropped
+        and total.
+    """
+    total, (vocab, width) = rows.targets.shape[0], head.weight.shape
+    room = max(1, capacity(vocab, width, head.dtype.itemsize, max_bytes))
+    blocks = skipping.split_rows(edges)
+    logps = hidden.new_empty(total, dtype=accumulator_dtype(head.dtype))
+    lse = torch.empty_like(logps)
+    keep = torch.empty(len(blocks), vocab, dtype=torch.bool, device=hidden.device)
+    mass = lse.new_empty(2, len(blocks))
+    size = min(room, total)
+    buffer = hidden.new_empty(vocab * size, dtype=head.dtype)
+    first = 0
+    while first < len(blocks):
+        start, last = blocks[first][0], first + 1
+        while last < len(blocks) and blocks[last][1] - start <= size:
+            last += 1
+        stop = blocks[last - 1][1]
+        part = rows.subset(torch.arange(start, stop, device=hidden.device))
+        exact = head.dtype == torch.float16
+        panel = fill(hidden, part, head, backend, max_bytes, exact, buffer)
+        if not exact and not bool((panel.sums <= MAX_SUM).all()):
+            panel = fill(hidden, part, head, backend, max_bytes, True, buffer)
+        local = [(a - start, b - start) for a, b in blocks[first:last]]
+        ones = torch.ones_like(panel.sums)
+        keep[first:last], *found = skipping.select(
+            panel.values, panel.sums, part.targets, ones, tolerance, local, together=False
+        )
+        mass[:, first:last] = torch.stack(found)
+        logps[start:stop], lse[start:stop] = panel.logps, panel.lse
+        first = last
+    return logps, lse, keep, mass
+
+
+def skipped_share(coef: Tensor, offsets: list[int], mass: Tensor | None) -> Tensor:
+    """The certificate (): share of the loss gradient's L1 mass that `forward_skipping` leaves out.
+
+    Args:
+        coef: (N,) d loss / d logps, constant on every sequence. offsets: the sequences' rows. mass:
+            (2, blocks) or None.
+    """
+    if mass is None:
+        return coef.new_zeros(())
+    firsts = coef.new_tensor(
+        [start for start, _ in skipping.split_rows(offsets)], dtype=torch.int64
+    )
+    dropped, total = (mass * coef[firsts].abs()).sum(1)
+    return dropped / total.clamp(min=1e-37)
 
 
 def _shape(
@@ -134,3 +207,67 @@ def backward(
             torch.mul(db[:, 0], top, out=d_bias[v0 : v0 + p])
     d_hidden = None if d_rows is None else rows.put(hidden, d_rows.mul_(-grad[:, None]))
     return d_hidden, d_weight, d_bias
+
+
+def backward_skipping(
+    grad: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    rows: Rows,
+    head: Head,
+    backend: ModuleType,
+    needs: tuple[bool, bool, bool],
+    edges: list[int],
+    keep: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `backward` on the vocabulary entries that `keep` (blocks, V) keeps: 3 s U, s the share of
+    kept entries.
+
+    `rows` are all kept rows; `edges` as in `forward_skipping`. Rows whose gradient is 0 are dropped
+    block by block.
+    """
+    need_h, need_w, need_b = needs
+    acc = accumulator_dtype(head.dtype)
+    total, width = rows.targets.shape[0], hidden.shape[1]
+    grad, logps, lse = (rows.take(x, 0, total) for x in (grad, logps, lse))
+    top = torch.exp2(grad.abs().amax().log2().ceil()) if total else grad.new_ones(())
+    top = torch.where(top > 0, top, 1)
+    d_rows = hidden.new_zeros(total, width, dtype=acc) if need_h else None
+    d_weight = torch.zeros_like(head.weight, dtype=acc) if need_w else None
+    d_bias = torch.zeros_like(head.bias, dtype=acc) if need_b else None
+    blocks = skipping.split_rows(edges)
+    for (start, stop), index in zip(
+        blocks, skipping.kept_entries(keep[: len(blocks)]), strict=True
+    ):
+        used = start + grad[start:stop].nonzero()[:, 0]
+        if used.shape[0] == 0:
+            continue
+        part = rows.subset(used)
+        h = part.take(hidden, 0, used.shape[0]).to(head.dtype)
+        unit = -grad[used] / top
+        coef = torch.where(unit.abs() < 1e-20, 0, unit)
+        scaled = (h * coef[:, None]).to(head.dtype) if need_w else None
+        entry = torch.expm1(logps[used]) * head.transform.slope(logps[used] + lse[used])
+        where = torch.searchsorted(index, part.targets)
+        d_part = d_rows.new_zeros(h.shape) if need_h else None
+        for v0 in range(0, index.shape[0], skipping.GATHER):
+            chosen = index[v0 : v0 + skipping.GATHER]
+            weight = head.weight.index_select(0, chosen).to(head.dtype)
+            bias = None if head.bias is None else head.bias[chosen]
+            panel = h.new_empty(chosen.shape[0], h.shape[0])
+            backend.exp_panel(h, weight, bias, lse[used], where, v0, head.transform, panel)
+            put_targets_(panel, where, v0, entry)
+            if need_h:
+                matmul_into(d_part, panel.t(), weight, accumulate=True)
+            if need_w:
+                d_weight.index_add_(0, chosen, torch.mm(panel, scaled).to(acc))
+            if need_b:
+                d_bias.index_add_(0, chosen, torch.mv(panel, coef.to(panel.dtype)).to(acc))
+        if need_h:
+            d_rows[used] = d_part.mul_(-grad[used, None])
+    return (
+        None if d_rows is None else rows.put(hidden, d_rows),
+        None if d_weight is None else d_weight.mul_(top).to(head.weight.dtype),
+        None if d_bias is None else d_bias.mul_(top).to(head.bias.dtype),
+    )
