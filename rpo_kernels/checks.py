@@ -76,9 +76,9 @@ def check_head(
             _fail("bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
         if bias.dtype != weight.dtype:
             _fail("bias", f"weight's dtype {weight.dtype}", bias.dtype, TypeError)
-    for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            _fail(name, f"hidden's device {hidden.device}", tensor.device)
+    for name, other in (("weight", weight), ("labels", labels), ("bias", bias)):
+        if other is not None and other.device != hidden.device:
+            _fail(name, f"hidden's device {hidden.device}", other.device)
     if not (math.isfinite(scale) and scale > 0):
         _fail("logit_scale", "a finite number > 0", scale)
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):

@@ -47,9 +47,10 @@ class CustomLoss(torch.autograd.Function):
             return torch.stack([losses.detach().to(leaf.dtype), *leaf.detach()], dim=1), coef
 
         head = Head(weight, bias, Transform(scale, softcap), dtype)
-        pairs, _, *grads = streaming.loss_and_grads(
-            hidden, rows, offsets, head, module, settle, max_bytes, tuple(needs), tolerance
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            pairs, _, *grads = streaming.loss_and_grads(
+                hidden, rows, offsets, head, module, settle, max_bytes, tuple(needs), tolerance
+            )
         ctx.save_for_backward(*grads)
         logps = pairs[:, 1:].t().contiguous()
         ctx.mark_non_differentiable(logps)

@@ -11,6 +11,8 @@ compiler.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,18 @@ ONCE = (
     "second derivatives are not implemented: the gradient of rpo_kernels functions is not itself "
     "differentiable"
 )
+
+
+def no_autocast(function):
+    """Run an operator's body outside autocast, which would cast whole operands of its matmuls."""
+
+    @functools.wraps(function)
+    def inner(*args, **kwargs):
+        device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device
+        with torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return inner
 
 
 def _kept_shape(rows: int, sequences: int, vocab: int, tolerance: float) -> tuple[int, int]:
@@ -59,6 +73,7 @@ def _log_probs(hidden, rows, offsets, head, module, max_bytes, tolerance, sequen
 
 
 @torch.library.custom_op("rpo_kernels::linear_logprobs", mutates_args=())
+@no_autocast
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -93,6 +108,7 @@ def _(hidden, weight, targets, bias, ignore_index, scale, softcap, dtype, valida
 
 
 @torch.library.custom_op("rpo_kernels::linear_logprobs_backward", mutates_args=())
+@no_autocast
 def linear_logprobs_backward(
     grad: Tensor,
     logps: Tensor,
@@ -184,6 +200,7 @@ sequence_sums.register_autograd(_grad_sums, setup_context=_save_sums)
 
 
 @torch.library.custom_op("rpo_kernels::preference_loss", mutates_args=())
+@no_autocast
 def preference_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -248,7 +265,8 @@ def preference_loss(
         saved = [*(rows.spread(x, labels.shape[0]) for x in (logps, lse, coef)), keep]
     terms = total_terms(pairs, sft_reduction, *norms)
     loss = terms[0] + sft_weight * terms[1]
-    return loss, torch.cat([terms, skipped.view(1)]), pairs, *saved
+    first, second, third, fourth = saved
+    return loss, torch.cat([terms, skipped.view(1)]), pairs, first, second, third, fourth
 
 
 @preference_loss.register_fake

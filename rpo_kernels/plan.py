@@ -1,8 +1,11 @@
-"""Will it fit, and what will it cost? ``python -m rpo_kernels.plan --config config.json --pairs 1 --length 32768``.
+"""Does it fit in memory, and what does it cost.
 
-Memory comes from the same functions that the engines size their buffers with; peers' memory from what their code allocates
-(their versions stand in the `bench` extra). Work is counted in U = 2 N V D FLOP, one pass of the head over the N response
-tokens. Time is an estimate from a results file of `benchmarks/run.py`: seconds per U of each implementation measured there.
+    python -m rpo_kernels.plan --config config.json --pairs 1 --length 32768
+
+Memory comes from the same functions that the engines size their buffers with; peers' memory from
+what their code allocates (their versions stand in the `bench` extra). Work is counted in U =
+2 N V D FLOP, one pass of the head over the N response tokens. Time is an estimate from a results
+file of `benchmarks/run.py`: the seconds per FLOP of each implementation measured there.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Shape(NamedTuple):
-    """One call of the loss: B pairs, 2B sequences of `length` positions, `response` of them counted each."""
+    """One call of the loss: B pairs, 2B sequences of `length` positions, `response` of them counted
+    each.
+    """
 
     pairs: int
     length: int
@@ -66,14 +71,18 @@ def streaming(shape: Shape) -> Cost:
 
 
 def recompute(shape: Shape) -> Cost:
-    """4U (frozen 3U): at most the workspace, and hidden's gradient in float32 where it is half precision."""
+    """4U (frozen 3U): at most the workspace, and hidden's gradient in float32 where it is half
+    precision.
+    """
     panel = shape.rows * 4096 * shape.itemsize  # GPUs take larger panels if the workspace allows
     accumulator = shape.rows * shape.width * 4 if shape.itemsize < 4 else 0
     return Cost("recompute", 3 if shape.frozen else 4, min(panel, shape.max_bytes) + accumulator)
 
 
 def peers(shape: Shape) -> list[Cost]:
-    """Materialized logits; Liger's DPO, which holds one pair's logits in float32; TRL's chunked head."""
+    """Materialized logits; Liger's DPO, which holds one pair's logits in float32; TRL's chunked
+    head.
+    """
     positions = 2 * shape.pairs * shape.length
     units = (2 if shape.frozen else 3) * positions / max(shape.rows, 1)
     logits = positions * shape.vocab
@@ -87,7 +96,9 @@ def peers(shape: Shape) -> list[Cost]:
 
 
 def measured(path: Path | None) -> tuple[dict[str, float], str]:
-    """Seconds per FLOP of the head's matmuls from a results file: ``{implementation: seconds / U}`` and its device."""
+    """Seconds per FLOP of the head's matmuls from a results file: ``{implementation: seconds / U}``
+    and its device.
+    """
     if path is None:
         return {}, ""
     record = json.loads(path.read_text())
@@ -124,7 +135,8 @@ def report(shape: Shape, device_gib: float | None, rates: dict[str, float], devi
         rate = rates.get(cost.name)
         time = "" if rate is None else f"{rate * shape.unit:.3g}"
         lines.append(
-            f"{cost.name:24}{cost.units:6.2f}{cost.extra / GIB:12.2f}{total:12.2f}{fits:>6}{time:>10}"
+            f"{cost.name:24}{cost.units:6.2f}{cost.extra / GIB:12.2f}{total:12.2f}"
+            f"{fits:>6}{time:>10}"
         )
     if device:
         lines += ["", f"seconds: scaled from measurements on {device}"]

@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """The kept rows of a ``(M, D)`` tensor: `index` (N,) positions (None if all are kept),
+    """The kept rows of a ``(M, D)`` tensor: `positions` (N,) (None if all are kept),
     `targets` (N,) their labels.
     """
 
-    index: Tensor | None
+    positions: Tensor | None
     targets: Tensor
 
     def take(self, source: Tensor, start: int, stop: int) -> Tensor:
@@ -25,28 +25,29 @@ class Rows(NamedTuple):
         """
         return (
             source[start:stop]
-            if self.index is None
-            else source.index_select(0, self.index[start:stop])
+            if self.positions is None
+            else source.index_select(0, self.positions[start:stop])
         )
 
     def put(self, like: Tensor, values: Tensor) -> Tensor:
         """A tensor like `like` (M, D) that holds ``values (N, D)`` in the kept rows and zeros
         elsewhere.
         """
-        if self.index is None:
+        if self.positions is None:
             return values.to(like.dtype)
-        return torch.zeros_like(like).index_copy_(0, self.index, values.to(like.dtype))
+        return torch.zeros_like(like).index_copy_(0, self.positions, values.to(like.dtype))
 
     def spread(self, values: Tensor, total: int) -> Tensor:
         """``values (N,)`` at their rows' places among `total` rows M, zeros elsewhere."""
-        if self.index is None:
+        if self.positions is None:
             return values
-        return values.new_zeros(total).index_copy_(0, self.index, values)
+        return values.new_zeros(total).index_copy_(0, self.positions, values)
 
     def subset(self, order: Tensor) -> Rows:
         """The kept rows at positions `order` (n,), in that order."""
         return Rows(
-            order if self.index is None else self.index.index_select(0, order), self.targets[order]
+            order if self.positions is None else self.positions.index_select(0, order),
+            self.targets[order],
         )
 
     def chunks(self, size: int) -> Iterator[tuple[int, int]]:

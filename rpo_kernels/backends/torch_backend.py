@@ -192,6 +192,7 @@ def tail(
     """
     loss, counts = LOSSES[loss_type], offsets.diff()
     sums = torch.segment_reduce(logps.double(), "sum", offsets=offsets, initial=0.0)
+    sums = sums.to(logps.dtype).double()  # as reported: against them as reference, the margin is 0
     tokens = counts.double().clamp(min=1)
     per_token = 1 / tokens if loss.mean else torch.ones_like(tokens)
     quantity = (sums - (0 if ref_logps is None else ref_logps.double())) * per_token

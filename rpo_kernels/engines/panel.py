@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rpo_kernels.engines.matmul import put_targets_
 from rpo_kernels.rows import Rows
-from rpo_kernels.spec import Head
+from rpo_kernels.spec import Head, accumulator_dtype
 
 PROBE = 512  # vocabulary entries that the guess of the largest logit looks at
 MAX_SUM = 2.0**86
@@ -71,10 +71,11 @@ def fill(
     n, vocab = rows.targets.shape[0], head.weight.shape[0]
     h = rows.take(hidden, 0, n).to(head.dtype)
     values = buffer[: vocab * n].view(vocab, n)
-    none, shift = torch.full_like(rows.targets, -1), None
+    none = torch.full_like(rows.targets, -1)
+    shift = h.new_full((n,), -torch.inf, dtype=accumulator_dtype(head.dtype))
     for _, weight, bias in head.panels() if exact else [next(head.panels(PROBE))]:
         part, _ = backend.lse_and_target(h, weight, bias, none, head.transform, max_bytes // 8)
-        shift = part if shift is None else torch.logaddexp(shift, part)
+        shift = torch.logaddexp(shift, part)
     sums, picked = torch.zeros_like(shift), torch.zeros_like(shift)
     for v0, weight, bias in head.panels():
         part = values[v0 : v0 + weight.shape[0]]

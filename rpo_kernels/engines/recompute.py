@@ -47,15 +47,15 @@ def forward(
     size = max(1, max_bytes // (4 * width * head.dtype.itemsize))
     for start, stop in rows.chunks(size):
         h, targets = rows.take(hidden, start, stop).to(head.dtype), rows.targets[start:stop]
-        found = picked = None
+        found = lse.new_full((stop - start,), -torch.inf)
+        picked = torch.zeros_like(found)
         for v0, weight, bias in head.panels():
             inside = targets - v0
             inside = torch.where((inside >= 0) & (inside < weight.shape[0]), inside, -1)
             part, logit = backend.lse_and_target(
                 h, weight, bias, inside, head.transform, max_bytes // 2
             )
-            found = part if found is None else torch.logaddexp(found, part)
-            picked = logit if picked is None else picked + logit
+            found, picked = torch.logaddexp(found, part), picked + logit
         lse[start:stop] = found
         logps[start:stop] = picked - found
     return logps, lse
@@ -175,35 +175,34 @@ def backward(
     d_rows = hidden.new_zeros(total, width, dtype=acc_dtype) if need_h else None
     blank = torch.empty_like if total else torch.zeros_like
     d_weight = blank(head.weight) if need_w else None
-    d_bias = blank(head.bias) if need_b else None
+    d_bias = blank(head.bias) if need_b and head.bias is not None else None
     panel_buffer = hidden.new_empty(p * n, dtype=head.dtype)
     chunks = list(rows.chunks(n))
     direct = len(chunks) == 1 and (head.weight.dtype == head.dtype)  # one matmul makes dW[panel]
     dw_buffer = hidden.new_empty(p if need_w and not direct else 0, width, dtype=acc_dtype)
-    operands = None
+    h = scaled = hidden
     for v0, weight, bias in head.panels(p) if total else ():
         db = hidden.new_zeros(weight.shape[0], 1, dtype=acc_dtype)
         for start, stop in chunks:
-            if operands is None or len(chunks) > 1:
+            if v0 == 0 or len(chunks) > 1:
                 h = rows.take(hidden, start, stop).to(head.dtype)
-                operands = h, (h * coef[start:stop, None]).to(head.dtype) if need_w else None
-            h, scaled = operands
+                scaled = (h * coef[start:stop, None]).to(head.dtype)
             targets = rows.targets[start:stop]
             panel = panel_buffer[: weight.shape[0] * (stop - start)].view(
                 weight.shape[0], stop - start
             )
             backend.exp_panel(h, weight, bias, lse[start:stop], targets, v0, head.transform, panel)
             put_targets_(panel, targets, v0, target_entry[start:stop])
-            if need_h:
+            if d_rows is not None:
                 matmul_into(d_rows[start:stop], panel.t(), weight, accumulate=v0 > 0)
-            if need_w:
+            if d_weight is not None:
                 dw = d_weight[v0 : v0 + p] if direct else dw_buffer[: weight.shape[0]]
                 matmul_into(dw, panel, scaled, accumulate=start > 0)
-            if need_b:
+            if d_bias is not None:
                 matmul_into(db, panel, coef[start:stop, None].to(head.dtype), accumulate=start > 0)
-        if need_w:
+        if d_weight is not None:
             torch.mul(dw, top, out=d_weight[v0 : v0 + p])
-        if need_b:
+        if d_bias is not None:
             torch.mul(db[:, 0], top, out=d_bias[v0 : v0 + p])
     d_hidden = None if d_rows is None else rows.put(hidden, d_rows.mul_(-grad[:, None]))
     return d_hidden, d_weight, d_bias
@@ -221,8 +220,7 @@ def backward_skipping(
     edges: list[int],
     keep: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `backward` on the vocabulary entries that `keep` (blocks, V) keeps: 3 s U, s the share of
-    kept entries.
+    """As `backward`, on the vocabulary entries that `keep` (blocks, V) keeps, a share s: 3 s U.
 
     `rows` are all kept rows; `edges` as in `forward_skipping`. Rows whose gradient is 0 are dropped
     block by block.
@@ -235,7 +233,7 @@ def backward_skipping(
     top = torch.where(top > 0, top, 1)
     d_rows = hidden.new_zeros(total, width, dtype=acc) if need_h else None
     d_weight = torch.zeros_like(head.weight, dtype=acc) if need_w else None
-    d_bias = torch.zeros_like(head.bias, dtype=acc) if need_b else None
+    d_bias = torch.zeros_like(head.weight[:, 0], dtype=acc) if need_b else None
     blocks = skipping.split_rows(edges)
     for (start, stop), index in zip(
         blocks, skipping.kept_entries(keep[: len(blocks)]), strict=True
@@ -247,10 +245,10 @@ def backward_skipping(
         h = part.take(hidden, 0, used.shape[0]).to(head.dtype)
         unit = -grad[used] / top
         coef = torch.where(unit.abs() < 1e-20, 0, unit)
-        scaled = (h * coef[:, None]).to(head.dtype) if need_w else None
+        scaled = (h * coef[:, None]).to(head.dtype)
         entry = torch.expm1(logps[used]) * head.transform.slope(logps[used] + lse[used])
         where = torch.searchsorted(index, part.targets)
-        d_part = d_rows.new_zeros(h.shape) if need_h else None
+        d_part = h.new_zeros(h.shape, dtype=acc)
         for v0 in range(0, index.shape[0], skipping.GATHER):
             chosen = index[v0 : v0 + skipping.GATHER]
             weight = head.weight.index_select(0, chosen).to(head.dtype)
@@ -258,16 +256,16 @@ def backward_skipping(
             panel = h.new_empty(chosen.shape[0], h.shape[0])
             backend.exp_panel(h, weight, bias, lse[used], where, v0, head.transform, panel)
             put_targets_(panel, where, v0, entry)
-            if need_h:
+            if d_rows is not None:
                 matmul_into(d_part, panel.t(), weight, accumulate=True)
-            if need_w:
+            if d_weight is not None:
                 d_weight.index_add_(0, chosen, torch.mm(panel, scaled).to(acc))
-            if need_b:
+            if d_bias is not None:
                 d_bias.index_add_(0, chosen, torch.mv(panel, coef.to(panel.dtype)).to(acc))
-        if need_h:
+        if d_rows is not None:
             d_rows[used] = d_part.mul_(-grad[used, None])
     return (
         None if d_rows is None else rows.put(hidden, d_rows),
         None if d_weight is None else d_weight.mul_(top).to(head.weight.dtype),
-        None if d_bias is None else d_bias.mul_(top).to(head.bias.dtype),
+        None if d_bias is None else d_bias.mul_(top).to(head.weight.dtype),
     )

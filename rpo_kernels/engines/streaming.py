@@ -141,7 +141,9 @@ class Sweep:
         weight, bias = self.head.weight, self.head.bias
         return Sums(
             Sum(weight, single, self.head.dtype) if self.needs[1] else None,
-            Sum(bias[:, None], single, self.head.dtype) if self.needs[2] else None,
+            Sum(bias[:, None], single, self.head.dtype)
+            if self.needs[2] and bias is not None
+            else None,
         )
 
     def fill(self, chunk: list[tuple[int, int]]) -> Panel:
@@ -169,7 +171,7 @@ class Sweep:
         unit = -coef / scale
         unit = torch.where(unit.abs() < 1e-20, 0, unit) / panel.sums
         dtype = panel.h.dtype
-        scaled = None if sums.weight is None else (panel.h * unit[:, None]).to(dtype)
+        scaled = (panel.h * unit[:, None]).to(dtype)
         d_rows = self.hidden.new_empty(panel.h.shape, dtype=self.acc) if self.needs[0] else None
         if self.tolerance and coef.numel():
             blocks = skipping.split_rows([0, coef.shape[0]])
@@ -198,9 +200,10 @@ class Sweep:
                 scale,
             )
         else:
-            for v0, weight, _ in self.head.panels() if self.needs[0] else ():
-                part = panel.values[v0 : v0 + weight.shape[0]]
-                matmul_into(d_rows, part.t(), weight, accumulate=v0 > 0)
+            if d_rows is not None:
+                for v0, weight, _ in self.head.panels():
+                    part = panel.values[v0 : v0 + weight.shape[0]]
+                    matmul_into(d_rows, part.t(), weight, accumulate=v0 > 0)
             if sums.weight is not None:
                 sums.weight.add(panel.values, scaled, scale)
             if sums.bias is not None:
@@ -209,13 +212,13 @@ class Sweep:
 
     def put_hidden(self, rows: Rows, d_rows: Tensor | None, coef: Tensor) -> None:
         """Write ``-coef * d_rows`` (n, D) to the rows' places in the gradient of hidden."""
-        if d_rows is None:
+        if d_rows is None or self.d_hidden is None:
             return
         values = d_rows.mul_(-coef[:, None]).to(self.d_hidden.dtype)
-        if rows.index is None:
+        if rows.positions is None:
             self.d_hidden.copy_(values)
         else:
-            self.d_hidden.index_copy_(0, rows.index, values)
+            self.d_hidden.index_copy_(0, rows.positions, values)
 
     def whole(self, group: Group, settle: Settle) -> Tensor:
         """Pairs that fit the panel: fill, settle, two matmuls. Returns their table."""
@@ -245,7 +248,7 @@ class Sweep:
         self.mass = torch.stack(masses).sum(0)
         for side, row in zip(sides, (0, chosen_rows), strict=True):
             for total, part in zip(self.totals, side, strict=True):
-                if part is not None and part.used:
+                if total is not None and part is not None and part.used:
                     total.add_scaled(part.total, coef[row])
         return pairs
 

@@ -1,0 +1,287 @@
+"""Launchers of the Triton kernels: choose tiles, allocate partials, launch by keyword.
+
+The maths is in `triton_kernels`. float32 products are exact ("ieee") unless
+``torch.backends.cuda.matmul`` allows TF32, as for PyTorch's own matmuls.
+
+Key: n rows, D hidden size, V vocabulary, p panel entries, B pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from rpo_kernels.backends import tiles
+from rpo_kernels.backends import triton_kernels as kernels
+from rpo_kernels.backends.triton_tail import on_device, tail
+from rpo_kernels.spec import Transform
+
+__all__ = ["exp_panel", "lse_and_target", "supports", "tail"]
+LOG2E = math.log2(math.e)
+
+
+def supports(hidden: Tensor) -> None:
+    """Return if the kernels can run on tensors like `hidden`.
+
+    Raises:
+        RuntimeError: they cannot; the message says what to do.
+    """
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise RuntimeError(
+            f"backend='triton': expected float32, bfloat16 or float16, got {hidden.dtype}; "
+            "pass backend='torch'"
+        )
+    if kernels.INTERPRETED.value:
+        return
+    if not hidden.is_cuda:
+        raise RuntimeError(
+            f"backend='triton': expected tensors on a GPU, got {hidden.device}; "
+            "pass backend='torch', or set TRITON_INTERPRET=1 before the first import of triton to "
+            "interpret the kernels"
+        )
+    if torch.version.hip is None and torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        raise RuntimeError(
+            "backend='triton': expected compute capability 8.0 or newer; pass backend='torch'"
+        )
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[str, int]:
+    """The family of `tiles.CONFIGS` and the number of multiprocessors."""
+    if kernels.INTERPRETED.value:
+        return "interpreter", 4
+    found = torch.cuda.get_device_properties(device)
+    family = tiles.cuda_family(found.major, found.minor) if torch.version.hip is None else "gfx942"
+    return family, found.multi_processor_count
+
+
+def _config(hidden: Tensor) -> tiles.Config:
+    return tiles.CONFIGS[_device(hidden.device)[0], tiles.dtype_class(hidden.dtype.itemsize)]
+
+
+def _factors(transform: Transform) -> dict[str, float | None]:
+    """``inner`` and ``outer`` of the kernels' base-2 logit."""
+    scale, cap = transform
+    if cap is None:
+        return {"inner": None, "outer": scale * LOG2E}
+    return {"inner": scale / cap, "outer": cap * LOG2E}
+
+
+def _slope(transform: Transform) -> float | None:
+    return None if transform.softcap is None and transform.scale == 1.0 else float(transform.scale)
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _operands(hidden: Tensor, weight: Tensor, tile: tiles.Tile) -> dict:
+    """The matmul's arguments: descriptors if `tile` asks and alignment allows, else pointers."""
+    hw = {"hidden": hidden, "weight": weight}
+    tma = tile.tma and all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 for t in hw.values()
+    )
+    if tma:
+        blocks = {"hidden": [tile.block_n, tile.block_d], "weight": [tile.block_v, tile.block_d]}
+        operands = {
+            k: TensorDescriptor(t, list(t.shape), list(t.stride()), blocks[k])
+            for k, t in hw.items()
+        }
+    return (operands if tma else hw) | {
+        "stride_hn": hidden.stride(0),
+        "stride_wv": weight.stride(0),
+        "D": hidden.shape[1],
+        "TMA": tma,
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.block_d,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def lse_and_target(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: Transform,
+    max_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of every row's logits, and its target's logit: no logit reaches memory.
+
+    Args:
+        hidden: (n, D), last dimension contiguous.
+        weight: (V, D), same dtype, last dimension contiguous. bias: (V,) or None.
+        targets: (n,) int64 in [0, V); -1 for none, its target logit is then 0.
+        transform: scale and softcap.
+        max_bytes: bound on the partials, 8 bytes a row and split.
+
+    Returns:
+        ``lse (n,)`` and ``target_logit (n,)``, float32.
+    """
+    n, vocab, tile = hidden.shape[0], weight.shape[0], _config(hidden).tile
+    lse = hidden.new_empty(n, dtype=torch.float32)
+    target_logit = hidden.new_zeros(n, dtype=torch.float32)
+    slots = _device(hidden.device)[1] * tile.per_sm
+    least = min(_blocks(vocab, tile.block_v), _blocks(slots, tiles.GROUP_ROWS))
+    step = max(tile.block_n, max_bytes // (8 * least) // tile.block_n * tile.block_n)
+    for i in range(0, n, step):
+        h = hidden[i : i + step]
+        rows = h.shape[0]
+        row_blocks, vocab_blocks = _blocks(rows, tile.block_n), _blocks(vocab, tile.block_v)
+        splits = tiles.choose_splits(row_blocks, vocab_blocks, slots, max_bytes // (8 * rows))
+        blocks = _blocks(vocab_blocks, splits)
+        splits = _blocks(vocab_blocks, blocks)
+        partials = hidden.new_empty(2, splits, rows, dtype=torch.float32)
+        with on_device(hidden):
+            kernels.lse_partials[(row_blocks * splits,)](
+                **_operands(h, weight, tile),
+                bias=bias,
+                targets=targets[i : i + step],
+                partials=partials,
+                target_logit=target_logit[i : i + step],
+                n=rows,
+                V=vocab,
+                span=blocks * tile.block_v,
+                splits=splits,
+                **_factors(transform),
+                GROUP=tiles.GROUP_ROWS,
+            )
+            kernels.lse_merge[(_blocks(rows, tiles.MERGE_ROWS),)](
+                partials=partials,
+                lse=lse[i : i + step],
+                n=rows,
+                splits=splits,
+                BLOCK_S=tiles.MERGE_SPLITS,
+                BLOCK_N=tiles.MERGE_ROWS,
+                num_warps=4,
+            )
+    return lse, target_logit
+
+
+def exp_panel(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor,
+    targets: Tensor,
+    v0: int,
+    transform: Transform,
+    out: Tensor,
+    sums: Tensor | None = None,
+    target_logit: Tensor | None = None,
+) -> None:
+    """Fill a panel with ``exp(z - shift) * dz/dx``: softmax times slope if ``shift = lse``.
+
+    Args:
+        hidden: (n, D), last dimension contiguous.
+        weight: (p, D), the vocabulary entries from `v0` on. bias: (p,) or None.
+        shift: (n,) float32, anything within 60 of the row's largest logit.
+        targets: (n,) int64, over the whole vocabulary.
+        v0: first vocabulary entry of the panel.
+        transform: scale and softcap.
+        out: (p, n), ``stride(1) == 1``, written, in the dtype of `hidden` or float32.
+        sums: (n,) float32, ``exp(z - shift)`` summed over the panel is added to it.
+        target_logit: (n,) float32, set to ``z`` of the target where the target lies in the panel.
+    """
+    if out.numel() == 0:
+        return
+    config = _config(hidden)
+    matmul_first = config.exp_path == "panel" and out.dtype == hidden.dtype
+    fill = exp_panel_matmul if matmul_first else exp_panel_fused
+    with on_device(hidden):
+        fill(
+            hidden,
+            weight,
+            bias,
+            shift,
+            targets,
+            v0,
+            transform,
+            out,
+            sums,
+            target_logit,
+            config.tile,
+        )
+
+
+def exp_panel_fused(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor,
+    targets: Tensor,
+    v0: int,
+    transform: Transform,
+    out: Tensor,
+    sums: Tensor | None,
+    target_logit: Tensor | None,
+    tile: tiles.Tile,
+) -> None:
+    """`exp_panel` in one kernel: logits stay in float32 registers."""
+    (p, n), blocks = out.shape, _blocks(out.shape[0], tile.block_v)
+    part_sum = None if sums is None else hidden.new_empty(blocks, n, dtype=torch.float32)
+    kernels.exp_fused[(blocks * _blocks(n, tile.block_n),)](
+        **_operands(hidden, weight, tile),
+        bias=bias,
+        shift=shift,
+        targets=targets,
+        out=out,
+        part_sum=part_sum,
+        target_logit=target_logit,
+        n=n,
+        p=p,
+        v0=v0,
+        stride_ov=out.stride(0),
+        **_factors(transform),
+        slope=_slope(transform),
+        GROUP=tiles.GROUP_VOCAB,
+    )
+    if sums is not None and part_sum is not None:
+        sums.add_(part_sum.sum(0))
+
+
+def exp_panel_matmul(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor,
+    targets: Tensor,
+    v0: int,
+    transform: Transform,
+    out: Tensor,
+    sums: Tensor | None,
+    target_logit: Tensor | None,
+    tile: tiles.Tile | None = None,
+) -> None:
+    """`exp_panel` as the vendor's matmul into `out`, in its dtype, and one pass in place."""
+    torch.mm(weight, hidden.t(), out=out)
+    (p, n), blocks = out.shape, _blocks(out.shape[0], tiles.EPILOGUE_VOCAB)
+    part_sum = None if sums is None else hidden.new_empty(blocks, n, dtype=torch.float32)
+    kernels.exp_epilogue[(blocks, _blocks(n, tiles.EPILOGUE_ROWS))](
+        out=out,
+        bias=bias,
+        shift=shift,
+        targets=targets,
+        part_sum=part_sum,
+        target_logit=target_logit,
+        n=n,
+        p=p,
+        v0=v0,
+        stride_ov=out.stride(0),
+        **_factors(transform),
+        slope=_slope(transform),
+        BLOCK_N=tiles.EPILOGUE_ROWS,
+        BLOCK_V=tiles.EPILOGUE_VOCAB,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+    if sums is not None and part_sum is not None:
+        sums.add_(part_sum.sum(0))

@@ -1,0 +1,209 @@
+"""Compile the kernels for one GPU architecture, on any machine, and print what came out as JSON.
+
+    python tests/compile_kernels.py sm_90
+    python tests/compile_kernels.py sm_90 --oversized      a tile that no check may let pass
+
+Runs in a process of its own, without TRITON_INTERPRET. The launchers say what to compile: they run
+on tensors of the meta device, and every launch is recorded instead of done. So signatures,
+alignments and options are those of a launch at N = 65,536, V = 262,144, D = 8,192, where N * V is
+2^34 and V * D is 2^31.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from rpo_kernels.backends import tiles, triton_tail
+from rpo_kernels.backends import triton_backend as backend
+from rpo_kernels.backends import triton_kernels as kernels
+from rpo_kernels.losses import LOSSES
+from rpo_kernels.spec import Transform
+
+N, V, D, PANEL, RAGGED = 65536, 262144, 8192, 32768, 1040
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MATRIX = {
+    "sm_80": "mma.sync",
+    "sm_86": "mma.sync",
+    "sm_90": "wgmma",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+class Recorder:
+    """Stands in for a kernel: ``recorder[grid](**arguments)`` keeps the arguments."""
+
+    def __init__(self, kernel: triton.JITFunction, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.launches.append((self.kernel, arguments))
+
+
+def record(family: str, calls: Iterator) -> list:
+    """Run launchers on meta tensors; return their launches."""
+    launches = []
+    places = [(kernels, n) for n in ("lse_partials", "lse_merge", "exp_fused", "exp_epilogue")]
+    places.append((triton_tail, "rpo_tail"))
+    originals = [getattr(module, name) for module, name in places]
+    for (module, name), kernel in zip(places, originals, strict=True):
+        setattr(module, name, Recorder(kernel, launches))
+    device, backend._device = backend._device, lambda device: (family, 132)
+    try:
+        for call in calls:
+            call()
+    finally:
+        backend._device = device
+        for (module, name), kernel in zip(places, originals, strict=True):
+            setattr(module, name, kernel)
+    return launches
+
+
+def calls_of(
+    family: str, dtype: torch.dtype, width: int, transform: Transform, bias: bool, exp_tile=None
+):
+    """Yield one call of every launcher that `dtype` concerns."""
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    hidden, weight, targets = meta(N, width), meta(V, width), meta(N, dtype=torch.int64)
+    offset = meta(V) if bias else None
+    shift, total, logit = (meta(N, dtype=torch.float32) for _ in range(3))
+    out = meta(PANEL, N)
+    panel = weight[:PANEL], None if offset is None else offset[:PANEL]
+    arguments = (hidden, *panel, shift, targets, 0, transform, out, total, logit)
+    tile = exp_tile or tiles.CONFIGS[family, tiles.dtype_class(dtype.itemsize)].tile
+    if exp_tile is None:
+        yield lambda: backend.lse_and_target(hidden, weight, offset, targets, transform, 2**28)
+        yield lambda: backend.exp_panel_matmul(*arguments)
+    yield lambda: backend.exp_panel_fused(*arguments, tile)
+
+
+def tail_calls(losses):
+    """Yield the tail with every loss and both shapes of the SFT term."""
+    logps = torch.empty(N, device="meta")
+    offsets = torch.empty(2 * 64 + 1, dtype=torch.int64, device="meta")
+    for number, loss in enumerate(losses):
+        ref = torch.empty(128, device="meta") if LOSSES[loss].reference else None
+        reduction = ("sequence_mean", "sum")[number % 2]
+        yield lambda ref=ref, loss=loss, reduction=reduction: backend.tail(
+            logps, offsets, ref, loss, 0.1, 0.1, 0.5, 0.01, reduction, 64.0, 4096.0
+        )
+
+
+def source(kernel: triton.JITFunction, arguments: dict) -> ASTSource:
+    """The source that a launch with these arguments would compile."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value, name = arguments[parameter.name], parameter.name
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+        elif isinstance(value, TensorDescriptor):
+            element = POINTERS[value.base.dtype][1:]
+            signature[name] = f"tensordesc<{element}{value.block_shape}>"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if free and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def resources(asm: dict) -> tuple[int, int]:
+    """Bytes (or registers) spilled, and registers of a thread."""
+    if "amdgcn" in asm:
+        spills = sum(int(x) for x in re.findall(r"\.vgpr_spill_count:\s*(\d+)", asm["amdgcn"]))
+        return spills, int(re.search(r"\.vgpr_count:\s*(\d+)", asm["amdgcn"])[1])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(asm["cubin"])
+        cubin.flush()
+        command = [tool, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1]), int(re.search(r"REG:(\d+)", usage)[1])
+
+
+def build(family: str, kernel: triton.JITFunction, arguments: dict, label: str) -> dict:
+    """Compile one launch and describe the result."""
+    begin = time.perf_counter()
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
+    compiled = triton.compile(source(kernel, arguments), target=TARGETS[family], options=options)
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    spilled, registers = resources(compiled.asm)
+    return {
+        "kernel": kernel.__name__,
+        "case": label,
+        "shared": compiled.metadata.shared,
+        "spilled": spilled,
+        "registers": registers,
+        "matrix": MATRIX[family] in text,
+        "tma": "cp.async.bulk.tensor" in text,
+        "seconds": round(time.perf_counter() - begin, 2),
+    }
+
+
+def main(family: str, oversized: bool) -> None:
+    """Compile everything for one family and print a JSON list."""
+    gemma, plain = Transform(1.0, 30.0), Transform()
+    cases = []
+    if oversized:
+        huge = tiles.Tile(256, 256, 64, 8, 4)
+        calls = calls_of(family, torch.bfloat16, D, plain, False, huge)
+        cases += [(*launch, "oversized") for launch in record(family, calls)]
+    else:
+        for label, *case in (
+            ("bf16", torch.bfloat16, D, plain, False),
+            ("bf16 capped bias ragged", torch.bfloat16, RAGGED, gemma, True),
+            ("fp32 capped bias ragged", torch.float32, RAGGED, gemma, True),
+        ):
+            for kernel, arguments in record(family, calls_of(family, *case)):
+                once = "ragged" in label or kernel.__name__ in ("lse_partials", "exp_fused")
+                if once and (kernel.__name__ != "lse_merge" or label.startswith("fp32")):
+                    cases.append((kernel, arguments, label))
+        losses = list(LOSSES) if family == "sm_90" else ["orpo"]
+        launches = record(family, tail_calls(losses))
+        cases += [(*launch, loss) for launch, loss in zip(launches, losses, strict=True)]
+    print(
+        json.dumps([build(family, kernel, arguments, label) for kernel, arguments, label in cases])
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], "--oversized" in sys.argv[2:])

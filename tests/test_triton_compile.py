@@ -1,0 +1,92 @@
+"""Every shipped tile compiles without a GPU, fits the chip, spills nothing, uses matrix units."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from rpo_kernels.backends import tiles
+from rpo_kernels.losses import LOSSES
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+FAMILIES = sorted(tiles.SHARED_LIMIT)
+DOTS = ("lse_partials", "exp_fused")
+
+
+@cache
+def compiled(family: str, *flags: str) -> list[dict]:
+    """What `compile_kernels.py` reports, in a process of its own: no interpreter there."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), family, *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+
+
+def problems(result: dict, family: str) -> set[str]:
+    found = set()
+    if result["shared"] > tiles.SHARED_LIMIT[family]:
+        found.add("shared")
+    if result["spilled"]:
+        found.add("spilled")
+    if result["kernel"] in DOTS and result["case"].startswith("bf16") and not result["matrix"]:
+        found.add("matrix")
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kernel_fits_spills_nothing_and_uses_matrix_units(family):
+    results = compiled(family)
+    kinds = {(r["kernel"], r["case"].split()[0]) for r in results}
+    assert {(k, c) for k in (*DOTS, "exp_epilogue") for c in ("bf16", "fp32")} <= kinds
+    assert {"lse_merge", "rpo_tail"} <= {r["kernel"] for r in results}
+    bad = [(r, problems(r, family)) for r in results if problems(r, family)]
+    assert not bad
+
+
+def test_every_loss_compiles_into_the_tail():
+    assert {r["case"] for r in compiled("sm_90") if r["kernel"] == "rpo_tail"} == set(LOSSES)
+
+
+@pytest.mark.parametrize("family", ["sm_90", "sm_100"])
+def test_aligned_operands_go_through_tma(family):
+    for result in compiled(family):
+        if result["kernel"] in DOTS:
+            assert result["tma"] == result["case"].startswith("bf16"), result
+
+
+def test_the_checks_can_fail():
+    (huge,) = compiled("sm_90", "--oversized")
+    assert problems(huge, "sm_90") == {"shared", "spilled"}
+    (exact,) = (
+        r for r in compiled("sm_90") if r["kernel"] == "exp_fused" and r["case"][:4] == "fp32"
+    )
+    assert problems({**exact, "case": "bf16"}, "sm_90") == {"matrix"}
+    (half,) = (r for r in compiled("sm_90") if r["kernel"] == "exp_fused" and r["case"] == "bf16")
+    assert "shared" in problems(half, "gfx942")
+
+
+def test_families_cover_every_configuration():
+    assert {family for family, _ in tiles.CONFIGS} == {*FAMILIES, "interpreter"}
+    assert {kind for _, kind in tiles.CONFIGS} == {"half", "single"}
+    known = {
+        (8, 0): "sm_80",
+        (8, 6): "sm_86",
+        (8, 9): "sm_86",
+        (9, 0): "sm_90",
+        (10, 0): "sm_100",
+        (10, 3): "sm_100",
+    }
+    for capability, family in {**known, (12, 0): "sm_86"}.items():
+        assert tiles.cuda_family(*capability) == family

@@ -1,0 +1,411 @@
+"""The Triton kernels under Triton's interpreter, against float64 PyTorch."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import logsigmoid
+
+pytest.importorskip("triton")
+
+from rpo_kernels.backends import tiles
+from rpo_kernels.backends import triton_backend as backend
+from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
+from rpo_kernels.spec import Transform
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PLAIN, SCALED, CAPPED = Transform(), Transform(0.7), Transform(1.3, 30.0)
+N, V, D = 130, 1031, 576
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned():
+    """Whatever a launcher allocates starts as NaN."""
+
+    def poison(function):
+        def wrapped(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+        patch.setattr(torch, "empty_like", poison(torch.empty_like))
+        yield
+
+
+def make(n=N, vocab=V, width=D, dtype=torch.float32, bias=True, seed=0):
+    """Hidden states, weight, bias and targets; row strides larger than the width."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, width + 8, generator=g).to(DEVICE, dtype)[:, :width]
+    weight = (3 * torch.randn(vocab, width + 16, generator=g) / width**0.5).to(DEVICE, dtype)[
+        :, :width
+    ]
+    offset = torch.randn(vocab, generator=g).to(DEVICE, dtype) if bias else None
+    targets = torch.randint(vocab, (n,), generator=g).to(DEVICE)
+    return hidden, weight, offset, targets
+
+
+def logits(hidden, weight, bias, transform, dtype=torch.float64):
+    x = hidden.to(dtype) @ weight.to(dtype).t()
+    x = x if bias is None else x + bias.to(dtype)
+    scale, cap = transform
+    return scale * x if cap is None else cap * torch.tanh(scale * x / cap)
+
+
+def slope(z, transform):
+    scale, cap = transform
+    return torch.full_like(z, scale) if cap is None else scale * (1 - (z / cap) ** 2)
+
+
+def error(value, truth):
+    return ((value.double() - truth).norm() / truth.norm()).item()
+
+
+def bound(dtype, plain, truth, tight):
+    """Twice the plain expression's error in the same dtype, plus one eps; `tight` for float32."""
+    return tight if dtype == torch.float32 else 2 * error(plain, truth) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform, bias", [(PLAIN, False), (SCALED, True), (CAPPED, True)])
+def test_lse_and_target(dtype, transform, bias):
+    hidden, weight, offset, targets = make(dtype=dtype, bias=bias)
+    targets[5] = -1
+    lse, picked = backend.lse_and_target(hidden, weight, offset, targets, transform, 2**20)
+    z = logits(hidden, weight, offset, transform)
+    plain = logits(hidden, weight, offset, transform, dtype)
+    rows, inside = torch.arange(N, device=DEVICE), targets >= 0
+    truth = torch.where(inside, z[rows, targets], 0)
+    assert error(lse, z.logsumexp(1)) <= bound(dtype, plain.logsumexp(1), z.logsumexp(1), 3e-7)
+    assert error(picked, truth) <= bound(dtype, plain[rows, targets] * inside, truth, 1e-6)
+    assert picked[5] == 0
+    assert lse.dtype == picked.dtype == torch.float32
+
+
+def test_lse_within_little_memory_and_one_split():
+    hidden, weight, offset, targets = make(width=64)
+    truth = logits(hidden, weight, offset, PLAIN).logsumexp(1)
+    for max_bytes in (1, 8 * 64, 8 * 64 * 3, 2**30):
+        lse, _ = backend.lse_and_target(hidden, weight, offset, targets, PLAIN, max_bytes)
+        assert error(lse, truth) < 3e-7
+
+
+def test_minus_infinity_bias_removes_entries():
+    hidden, weight, offset, targets = make(n=3, vocab=300, width=32)
+    offset[:290] = -math.inf
+    targets[:] = torch.tensor([295, 3, 299])
+    lse, picked = backend.lse_and_target(hidden, weight, offset, targets, PLAIN, 2**20)
+    z = logits(hidden, weight, offset, PLAIN)
+    torch.testing.assert_close(lse.double(), z.logsumexp(1), rtol=1e-6, atol=1e-6)
+    assert picked[1] == -math.inf and picked[[0, 2]].isfinite().all()
+    offset[:] = -math.inf
+    lse, _ = backend.lse_and_target(hidden, weight, offset, targets, PLAIN, 2**20)
+    assert (lse == -math.inf).all()
+
+
+def test_nan_stays_in_its_row():
+    hidden, weight, offset, targets = make(n=70, vocab=300, width=32)
+    hidden[66, 3] = math.nan
+    lse, picked = backend.lse_and_target(hidden, weight, offset, targets, CAPPED, 2**20)
+    out, sums = torch.zeros(300, 70, device=DEVICE), torch.zeros(70, device=DEVICE)
+    shift = lse.nan_to_num()
+    backend.exp_panel(hidden, weight, offset, shift, targets, 0, CAPPED, out, sums)
+    for result in (lse, picked, out.sum(0), sums):
+        assert result.isnan().nonzero()[:, 0].tolist() == [66]
+    assert out[:, 66].isnan().all()
+
+
+FILLS = [backend.exp_panel_fused, backend.exp_panel_matmul]
+
+
+def fill(how, hidden, weight, bias, shift, targets, v0, transform, out, sums=None, picked=None):
+    how(
+        hidden,
+        weight,
+        bias,
+        shift,
+        targets,
+        v0,
+        transform,
+        out,
+        sums,
+        picked,
+        backend._config(hidden).tile,
+    )
+
+
+@pytest.mark.parametrize("how", FILLS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform, bias", [(PLAIN, False), (SCALED, True), (CAPPED, True)])
+def test_exp_panel(how, dtype, transform, bias):
+    """A panel from the middle of the vocabulary into a strided buffer; `sums` is added to."""
+    hidden, weight, offset, targets = make(dtype=dtype, bias=bias)
+    v0, p = 131, 777
+    panel, part = weight[v0 : v0 + p], None if offset is None else offset[v0 : v0 + p]
+    z = logits(hidden, weight, offset, transform)
+    shift = z.logsumexp(1).float()
+    buffer = torch.full((p + 2, N + 6), math.nan, dtype=dtype, device=DEVICE)
+    sums, picked = torch.ones(N, device=DEVICE), torch.full((N,), -7.0, device=DEVICE)
+    fill(how, hidden, panel, part, shift, targets, v0, transform, buffer[1:-1, :N], sums, picked)
+    assert buffer[[0, -1]].isnan().all() and buffer[:, N:].isnan().all()
+
+    z, plain = z[:, v0 : v0 + p], logits(hidden, panel, part, transform, dtype)
+    e, rough = (x - shift[:, None] for x in (z, plain.double()))
+    truth, same = (x.exp() * slope(z, transform) for x in (e, rough))
+    assert error(buffer[1:-1, :N], truth.t()) <= bound(dtype, same.t(), truth.t(), 3e-6)
+    assert error(sums - 1, e.exp().sum(1)) <= bound(dtype, rough.exp().sum(1), e.exp().sum(1), 3e-6)
+    inside = (targets >= v0) & (targets < v0 + p)
+    index = (targets - v0)[inside, None]
+    want, same = z[inside].gather(1, index), plain[inside].gather(1, index)
+    assert (picked[~inside] == -7).all()
+    assert error(picked[inside, None], want) <= bound(dtype, same, want, 1e-6)
+
+
+def test_both_fills_agree_and_choose_by_configuration(monkeypatch):
+    hidden, weight, offset, targets = make()
+    shift = logits(hidden, weight, offset, CAPPED).logsumexp(1).float()
+    outs = []
+    for path in ("fused", "panel"):
+        config = tiles.CONFIGS["interpreter", "single"]._replace(exp_path=path)
+        monkeypatch.setattr(backend, "_config", lambda hidden, config=config: config)
+        outs.append(torch.full((V, N), math.nan, device=DEVICE))
+        backend.exp_panel(hidden, weight, offset, shift, targets, 0, CAPPED, outs[-1])
+    assert error(outs[0], outs[1].double()) < 3e-6
+    assert not torch.equal(*outs)
+
+
+def test_float32_panel_from_half_precision(monkeypatch):
+    """An output wider than the operands is always filled by the fused kernel."""
+    hidden, weight, _, targets = make(dtype=torch.bfloat16, bias=False)
+    config = tiles.CONFIGS["interpreter", "half"]._replace(exp_path="panel")
+    monkeypatch.setattr(backend, "_config", lambda hidden: config)
+    z = logits(hidden, weight, None, PLAIN)
+    out = torch.full((V, N), math.nan, device=DEVICE)
+    backend.exp_panel(hidden, weight, None, z.logsumexp(1).float(), targets, 0, PLAIN, out)
+    assert error(out, z.softmax(1).t()) < 3e-6
+
+
+def test_nothing_below_exp_minus_60():
+    hidden, weight, offset, targets = make(n=4, vocab=40, width=16)
+    for how in FILLS:
+        out = torch.full((40, 4), math.nan, device=DEVICE)
+        shift = torch.full((4,), 1000.0, device=DEVICE)
+        fill(how, hidden, weight, offset, shift, targets, 0, PLAIN, out)
+        torch.testing.assert_close(out, torch.full_like(out, math.exp(-60)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_descriptors_and_pointers_give_the_same_bits(monkeypatch, dtype):
+    hidden, weight, offset, targets = make(n=70, vocab=300, width=200, dtype=dtype)
+    results = []
+    for tma in (False, True):
+        config = tiles.Config(tiles.Tile(32, 64, 64, 4, 1, 1, tma), "fused")
+        monkeypatch.setattr(backend, "_config", lambda hidden, config=config: config)
+        assert backend._operands(hidden, weight, config.tile)["TMA"] == tma
+        lse, picked = backend.lse_and_target(hidden, weight, offset, targets, CAPPED, 2**20)
+        out, sums = torch.empty(300, 70, dtype=dtype, device=DEVICE), torch.zeros_like(lse)
+        backend.exp_panel(hidden, weight, offset, lse, targets, 0, CAPPED, out, sums)
+        results.append((lse, picked, out, sums))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    shifted = torch.empty(70 * 200 + 1, dtype=dtype, device=DEVICE)[1:].view(70, 200)
+    assert not backend._operands(shifted, weight, config.tile)["TMA"]
+
+
+def test_reruns_are_bit_identical():
+    hidden, weight, offset, targets = make(n=70, vocab=300, width=200, dtype=torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        lse, picked = backend.lse_and_target(hidden, weight, offset, targets, CAPPED, 2**20)
+        out, sums = torch.empty(300, 70, dtype=lse.dtype, device=DEVICE), torch.zeros_like(lse)
+        backend.exp_panel(hidden, weight, offset, lse, targets, 0, CAPPED, out, sums)
+        runs.append((lse, picked, out, sums))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 70),
+    vocab=st.integers(1, 300),
+    width=st.integers(1, 150),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(n, vocab, width, seed):
+    hidden, weight, offset, targets = make(n, vocab, width, seed=seed)
+    z = logits(hidden, weight, offset, SCALED)
+    lse, picked = backend.lse_and_target(hidden, weight, offset, targets, SCALED, 2**16)
+    close = {"rtol": 2e-6, "atol": 4e-6}
+    torch.testing.assert_close(lse.double(), z.logsumexp(1), **close)
+    torch.testing.assert_close(picked.double(), z.gather(1, targets[:, None])[:, 0], **close)
+    for how in FILLS:
+        out, sums = torch.full((vocab, n), math.nan, device=DEVICE), torch.zeros(n, device=DEVICE)
+        again = torch.full((n,), math.nan, device=DEVICE)
+        fill(how, hidden, weight, offset, lse, targets, 0, SCALED, out, sums, again)
+        torch.testing.assert_close(out.double(), 0.7 * z.softmax(1).t(), rtol=2e-5, atol=1e-7)
+        torch.testing.assert_close(sums, torch.ones_like(sums), rtol=2e-5, atol=0)
+        torch.testing.assert_close(again.double(), picked.double(), **close)
+
+
+@given(
+    rows=st.integers(1, 600),
+    vocab=st.integers(1, 2100),
+    slots=st.integers(1, 300),
+    most=st.integers(1, 400),
+)
+def test_splits_cover_the_vocabulary_within_bounds(rows, vocab, slots, most):
+    splits = tiles.choose_splits(rows, vocab, slots, most)
+    assert 1 <= splits <= min(vocab, most)
+    assert -(-vocab // splits) * splits >= vocab
+
+
+def odds(x):
+    return x - torch.log1p(-x.exp())
+
+
+# straight from the papers (cited in `rpo_kernels.losses`), for autograd; b beta, e epsilon, g gamma
+PAPERS = {
+    "sigmoid": lambda c, r, b, e, g: (
+        -(1 - e) * logsigmoid(b * (c - r)) - e * logsigmoid(b * (r - c))
+    ),
+    "robust": lambda c, r, b, e, g: (
+        (-(1 - e) * logsigmoid(b * (c - r)) + e * logsigmoid(b * (r - c))) / (1 - 2 * e)
+    ),
+    "hinge": lambda c, r, b, e, g: torch.clamp(1 - b * (c - r), min=0),
+    "ipo": lambda c, r, b, e, g: (c - r - 1 / (2 * b)) ** 2,
+    "exo_pair": lambda c, r, b, e, g: (
+        torch.sigmoid(b * (c - r)) * (logsigmoid(b * (c - r)) - math.log(1 - e))
+        + torch.sigmoid(b * (r - c)) * (logsigmoid(b * (r - c)) - math.log(e))
+    ),
+    "apo_zero": lambda c, r, b, e, g: 1 - torch.sigmoid(b * c) + torch.sigmoid(b * r),
+    "apo_down": lambda c, r, b, e, g: torch.sigmoid(b * c) + 1 - torch.sigmoid(b * (c - r)),
+    "sppo_hard": lambda c, r, b, e, g: (c - 0.5 / b) ** 2 + (r + 0.5 / b) ** 2,
+    "nca_pair": lambda c, r, b, e, g: (
+        -logsigmoid(b * c) - 0.5 * logsigmoid(-b * c) - 0.5 * logsigmoid(-b * r)
+    ),
+    "simpo": lambda c, r, b, e, g: (
+        -(1 - e) * logsigmoid(b * (c - r) - g) - e * logsigmoid(g - b * (c - r))
+    ),
+    "orpo": lambda c, r, b, e, g: -b * logsigmoid(odds(c) - odds(r)),
+    "cpo": lambda c, r, b, e, g: -(1 - e) * logsigmoid(b * (c - r)) - e * logsigmoid(b * (r - c)),
+}
+BETA, EPSILON, GAMMA, WEIGHT, PAIRS, TOKENS = (
+    0.125,
+    0.0625,
+    0.75,
+    0.25,
+    5.0,
+    40.0,
+)  # exact in float32
+
+
+def tail_truth(logps, counts, ref, loss_type, reduction):
+    """`pairs`, and by autograd `coef`, in float64."""
+    x = logps.double().requires_grad_()
+    sums = torch.stack([part.sum() for part in x.split(counts)]).float().double()
+    length = torch.tensor(counts, dtype=torch.float64, device=x.device).clamp(min=1)
+    live = torch.tensor(counts, device=x.device).view(2, -1).sum(0) > 0
+    q = sums if ref is None else sums - ref.double()
+    q = torch.where(live.repeat(2), q, 0.0)
+    if loss_type in ("ipo", "simpo", "orpo"):
+        q = q / length
+    (c, r), (s_c, s_r), half = q.view(2, -1), sums.view(2, -1), len(counts) // 2
+    safe = -1.0 - torch.arange(half, dtype=torch.float64, device=x.device)
+    c, r = torch.where(live, c, safe), torch.where(live, r, safe)
+    value = torch.where(live, PAPERS[loss_type](c, r, BETA, EPSILON, GAMMA), 0.0)
+    sft = -s_c / length[:half] if reduction == "sequence_mean" else -s_c
+    total = value.sum() / PAIRS + WEIGHT * sft.sum() / (
+        TOKENS if reduction == "token_mean" else PAIRS
+    )
+    total.backward()
+    rewards = [torch.where(live, BETA * part, 0.0) for part in (c, r)]
+    return torch.stack([value, sft, s_c, s_r, *rewards], 1).detach(), x.grad
+
+
+def make_tail(counts, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logps = -torch.rand(sum(counts), generator=g).mul(2).to(DEVICE) - 0.01
+    ref = torch.stack([part.sum() for part in logps.split(counts)]) + torch.randn(
+        len(counts), generator=g
+    ).to(DEVICE)
+    offsets = torch.tensor([0, *counts], device=DEVICE).cumsum(0)
+    return logps, offsets, ref
+
+
+def run_tail(logps, offsets, ref, loss_type, reduction, pairs=PAIRS, tokens=TOKENS):
+    return backend.tail(
+        logps, offsets, ref, loss_type, BETA, EPSILON, GAMMA, WEIGHT, reduction, pairs, tokens
+    )
+
+
+@pytest.mark.parametrize("with_ref", [True, False])
+@pytest.mark.parametrize("reduction", SFT_REDUCTIONS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_tail(loss_type, reduction, with_ref):
+    if with_ref and not LOSSES[loss_type].reference:
+        pytest.skip("reference-free loss")
+    # long, ordinary, empty chosen, empty rejected, empty pair; ORPO's odds need both sides
+    counts = [1500, 7, 0, 4, 0, 3, 11, 5, 0, 0] if loss_type != "orpo" else [1500, 7, 0, 3, 11, 0]
+    logps, offsets, ref = make_tail(counts)
+    ref = ref if with_ref else None
+    pairs, coef = run_tail(logps, offsets, ref, loss_type, reduction)
+    want_pairs, want_coef = tail_truth(logps, counts, ref, loss_type, reduction)
+    torch.testing.assert_close(pairs.double(), want_pairs, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(coef.double(), want_coef, rtol=1e-6, atol=1e-12)
+    dead = len(counts) // 2 - 1
+    assert (pairs[dead] == 0).all()
+
+
+@pytest.mark.parametrize("counts", [[3, 2], [1, 1], [0, 0], [1025, 1024], []])
+def test_tail_of_one_pair_or_none(counts):
+    logps, offsets, ref = (
+        make_tail(counts) if counts else (torch.empty(0), torch.zeros(1, dtype=torch.int64), None)
+    )
+    logps, offsets = logps.to(DEVICE), offsets.to(DEVICE)
+    pairs, coef = run_tail(logps, offsets, ref, "sigmoid", "token_mean")
+    assert pairs.shape == (len(counts) // 2, 6) and coef.shape == logps.shape
+    if counts:
+        want_pairs, want_coef = tail_truth(logps, counts, ref, "sigmoid", "token_mean")
+        torch.testing.assert_close(pairs.double(), want_pairs, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(coef.double(), want_coef, rtol=1e-6, atol=1e-12)
+
+
+def test_loss_is_exactly_ln_2_against_itself():
+    counts = [900, 33, 41, 1200]
+    logps, offsets, _ = make_tail(counts)
+    pairs, _ = run_tail(logps, offsets, None, "sigmoid", "sum")
+    again, _ = run_tail(logps, offsets, pairs[:, 2:4].t().reshape(-1), "sigmoid", "sum")
+    assert (again[:, 0] == torch.tensor(math.log(2), dtype=torch.float32, device=DEVICE)).all()
+    assert (again[:, 4:] == 0).all()
+
+
+def test_supports():
+    for dtype in DTYPES:
+        backend.supports(torch.empty(1, dtype=dtype, device=DEVICE))
+    with pytest.raises(RuntimeError, match="float64; pass backend='torch'"):
+        backend.supports(torch.empty(1, dtype=torch.float64, device=DEVICE))
+
+
+def run_python(code, **environment):
+    base = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], env=base | environment, check=True)
+
+
+def test_cpu_tensors_need_the_interpreter():
+    run_python(
+        "import torch\n"
+        "from rpo_kernels.backends import triton_backend as backend\n"
+        "try: backend.supports(torch.empty(1))\n"
+        "except RuntimeError as e: assert 'TRITON_INTERPRET=1' in str(e), e\n"
+        "else: raise SystemExit('accepted a CPU tensor')"
+    )
+
+
+def test_import_needs_no_triton():
+    run_python("import sys; sys.modules['triton'] = None; import rpo_kernels, rpo_kernels.backends")
