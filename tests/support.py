@@ -1,0 +1,297 @@
+"""What the tests share: random problems, the float64 truth, derived budgets, poisoned memory.
+
+Two budgets, both derived and neither chosen:
+
+    plain budget      ||out - truth|| / ||truth|| is at most twice that of the plain same-dtype
+                      PyTorch expression, plus one eps. For problems so large that its error is no
+                      matter of luck.
+    rounding bounds   elementwise, from a count of roundings: |fl(a . b) - a . b| <= n u |a| . |b|
+                      for n terms. For the tiny shapes that hypothesis draws, and for float64.
+
+Key: M rows given, N rows kept, D hidden size, V vocabulary, B pairs, T positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+from torch.utils import deterministic
+
+from rpo_kernels import reference
+
+IGNORE = -100
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def examples(count: int) -> settings:
+    """Hypothesis settings: the same examples in every run, so that a red test stays red."""
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` returns with NaN, so that an element nobody wrote shows."""
+    was = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned)
+        deterministic.fill_uninitialized_memory = filled
+
+
+class Problem(NamedTuple):
+    """hidden (..., D), weight (V, D), labels (...), bias (V,) or None, ref_logps (2B,) or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    ref_logps: Tensor | None = None
+
+
+def tokens(
+    seed: int,
+    shape: tuple[int, ...],
+    width: int,
+    vocab: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: bool = False,
+    ignored: float = 0.25,
+    spread: float = 2.0,
+) -> Problem:
+    """For `linear_logprobs`: logits of deviation `spread`, a share `ignored` of labels masked."""
+    make = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(*shape, width, generator=make, dtype=torch.float64)
+    weight = torch.randn(vocab, width, generator=make, dtype=torch.float64) * spread / width**0.5
+    labels = torch.randint(vocab, shape, generator=make)
+    labels[torch.rand(shape, generator=make) < ignored] = IGNORE
+    offset = torch.randn(vocab, generator=make, dtype=torch.float64) if bias else None
+    return Problem(
+        hidden.to(dtype), weight.to(dtype), labels, None if offset is None else offset.to(dtype)
+    )
+
+
+def pairs(
+    seed: int,
+    count: int = 3,
+    length: int = 29,
+    width: int = 72,
+    vocab: int = 701,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: bool = False,
+    reference_model: bool = True,
+    spread: float = 2.0,
+) -> Problem:
+    """For `fused_rpo_loss`: ragged prompts and padding masked; references near the policy's."""
+    shape = (2 * count, length)
+    made = tokens(seed, shape, width, vocab, dtype, bias=bias, ignored=0, spread=spread)
+    make = torch.Generator().manual_seed(seed + 1)
+    for row in made.labels:
+        prompt = int(torch.randint(1, max(length // 3, 2), (), generator=make))
+        padding = int(torch.randint(0, max(length // 3, 1), (), generator=make))
+        row[:prompt] = IGNORE
+        row[length - padding :] = IGNORE
+    if not reference_model:
+        return made
+    noise = 3 * torch.randn(2 * count, generator=make, dtype=torch.float64)
+    return made._replace(ref_logps=(exact_logprobs(made).sum(1) + noise).to(accumulator(dtype)))
+
+
+def pack(problem: Problem) -> tuple[Problem, Tensor]:
+    """The sequences without their masked ends: hidden (N, D), labels (N,); cu_seqlens (2B + 1,)."""
+    kept = [(row != IGNORE).nonzero()[:, 0] for row in problem.labels]
+    spans = [slice(int(k.min()), int(k.max()) + 1) if len(k) else slice(0, 0) for k in kept]
+    hidden = torch.cat([h[span] for h, span in zip(problem.hidden, spans, strict=True)])
+    labels = torch.cat([row[span] for row, span in zip(problem.labels, spans, strict=True)])
+    ends = torch.tensor([0] + [span.stop - span.start for span in spans]).cumsum(0)
+    return problem._replace(hidden=hidden, labels=labels), ends.int()
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exact_logprobs(problem: Problem, **options) -> Tensor:
+    """The truth: `reference.linear_logprobs` in float64."""
+    bias = None if problem.bias is None else problem.bias.double()
+    return reference.linear_logprobs(
+        problem.hidden.double(), problem.weight.double(), problem.labels, bias=bias, **options
+    )
+
+
+def plain_logprobs(
+    hidden,
+    weight,
+    targets,
+    *,
+    bias=None,
+    ignore_index=IGNORE,
+    logit_scale=1.0,
+    logit_softcap=None,
+):
+    """The plain same-dtype expression: a matmul in the inputs' dtype, then float32 (float64)."""
+    logits = F.linear(hidden, weight, bias).to(accumulator(hidden.dtype)) * logit_scale
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    kept = targets != ignore_index
+    picked = logits.log_softmax(-1).gather(-1, torch.where(kept, targets, 0)[..., None])[..., 0]
+    return torch.where(kept, picked, 0)
+
+
+def plain_rpo_loss(*args, **options) -> Tensor:
+    """`reference.rpo_loss` on the plain same-dtype log-probs."""
+    with mock.patch.object(reference, "linear_logprobs", plain_logprobs):
+        return reference.rpo_loss(*args, **options)
+
+
+def loss_of_logps(logps: Tensor, problem: Problem, **options) -> Tensor:
+    """The loss of design section 1 from log-probs (2B, T) of tokens."""
+    with mock.patch.object(reference, "linear_logprobs", lambda *_, **__: logps):
+        return reference.rpo_loss(
+            problem.hidden, problem.weight, problem.labels, problem.ref_logps, **options
+        )
+
+
+Result = dict[str, Tensor]
+
+
+def differentiate(
+    function: Callable, problem: Problem, upstream: Tensor | None = None, frozen: str = ""
+) -> Result:
+    """Call ``function(problem)`` on fresh leaves; its value as "out" and the gradients by name.
+
+    Args:
+        function: gets the problem and returns a tensor.
+        upstream: gradient of the value; ones by default.
+        frozen: names, separated by spaces, that take no gradient.
+    """
+    leaves = {
+        name: tensor.detach().clone().requires_grad_(name not in frozen.split())
+        for name, tensor in problem._asdict().items()
+        if tensor is not None and name in ("hidden", "weight", "bias")
+    }
+    out = function(problem._replace(**leaves))
+    if out.requires_grad:
+        out.backward(torch.ones_like(out) if upstream is None else upstream.to(out.dtype))
+    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
+    return {"out": out.detach(), **found}
+
+
+def double(problem: Problem) -> Problem:
+    """The same values in float64."""
+    return Problem(*(x.double() if x is not None and x.is_floating_point() else x for x in problem))
+
+
+def relative_error(out: Tensor, truth: Tensor) -> float:
+    """``||out - truth|| / ||truth||``; inf for NaN; 0 where both are zero."""
+    norm, gap = truth.double().norm().item(), (out.double() - truth.double()).norm().item()
+    if not math.isfinite(gap):
+        return math.inf
+    return gap / norm if norm else (math.inf if gap else 0.0)
+
+
+def assert_within_plain_budget(found: Result, plain: Result, truth: Result) -> None:
+    """Every tensor within twice the plain expression's error plus one eps of its dtype."""
+    assert found.keys() == truth.keys() == plain.keys()
+    for name, out in found.items():
+        assert out.shape == truth[name].shape, name
+        error, own = relative_error(out, truth[name]), relative_error(plain[name], truth[name])
+        budget = 2 * own + torch.finfo(out.dtype).eps
+        assert error <= budget, f"{name}: error {error:.3e}, budget {budget:.3e}, plain {own:.3e}"
+
+
+def assert_close_bits(one: Result, two: Result) -> None:
+    """Bit-identical results."""
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == two[name].dtype, name
+        assert torch.equal(tensor, two[name]), name
+
+
+def assert_same_within_rounding(one: Result, two: Result, rounds: int = 4) -> None:
+    """Two computations that differ in the order of their sums: a few eps of relative error."""
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == two[name].dtype, name
+        error = relative_error(tensor, two[name])
+        limit = rounds * torch.finfo(tensor.dtype).eps
+        assert error <= limit, f"{name}: {error:.3e} > {limit:.3e}"
+
+
+def rounding_bounds(
+    problem: Problem, upstream: Tensor, logit_scale: float = 1.0, logit_softcap: float | None = None
+) -> Result:
+    """Elementwise bounds for the error of log-probs and gradients, for any order of summation.
+
+    With ``u`` the rounding of the inputs' dtype and ``u32`` the accumulators', a logit is off by
+
+        off_i = scale * max_v [(D + 4) u32 (|h_i| |w_v| + |b_v|) + u |x_iv|] + 8 u32 max_v |z_iv|,
+
+    a log-prob by twice that plus the sums' own roundings, a probability by the exponential of that.
+    An entry of the gradient sums products of factors that were rounded a few times each.
+    """
+    p = double(problem)
+    acc = torch.finfo(accumulator(problem.hidden.dtype)).eps
+    own = torch.finfo(problem.hidden.dtype).eps
+    kept = (problem.labels != IGNORE).reshape(-1)
+    h, g = p.hidden.reshape(-1, p.hidden.shape[-1]), upstream.double().reshape(-1) * kept
+    (rows, width), vocab = h.shape, p.weight.shape[0]
+    offset = torch.zeros(vocab, dtype=torch.float64) if p.bias is None else p.bias
+    x, size = h @ p.weight.T + offset, h.abs() @ p.weight.abs().T + offset.abs()
+    z, slope, bend = x * logit_scale, torch.full_like(x, logit_scale), 0.0
+    if logit_softcap is not None:
+        z = logit_softcap * torch.tanh(z / logit_softcap)
+        slope, bend = logit_scale * (1 - (z / logit_softcap) ** 2), 2 * logit_scale / logit_softcap
+    top = z.abs().amax(1)
+    off = logit_scale * ((width + 4) * acc * size + own * x.abs()).amax(1) + 8 * acc * top
+    logps = 2 * off + (16 + vocab) * acc * (top + math.log(vocab) + 1)
+    prob = z.softmax(1)
+    hot = F.one_hot(torch.where(kept, problem.labels.reshape(-1), 0), vocab)
+    delta, terms = (hot - prob).abs(), vocab + rows + 16
+    factor = torch.expm1((off + logps).clamp(max=50))[:, None]
+    wrong = slope.abs() * (prob + hot * prob.clamp(min=1e-30)).mul(factor).clamp(max=1)
+    wrong += delta * (bend * off[:, None] + 8 * acc * logit_scale).clamp(max=logit_scale)
+    # sums of `terms` products of factors rounded a few times; no probability is below exp(-60)
+    wrong += 2 * delta * slope.abs() * (4 * own + terms * acc) + slope.abs() * 2e-26
+    wrong *= g.abs()[:, None]
+    tiny = torch.finfo(problem.hidden.dtype).tiny
+    bounds = {
+        "out": (logps * kept).view(problem.labels.shape),
+        "hidden": (wrong @ p.weight.abs()).view(problem.hidden.shape) + tiny,
+        "weight": wrong.T @ h.abs() + tiny,
+    }
+    if problem.bias is not None:
+        bounds["bias"] = wrong.sum(0) + tiny
+    return bounds
+
+
+def assert_within_bounds(found: Result, truth: Result, bounds: Result) -> None:
+    """Every element within its bound."""
+    assert found.keys() == truth.keys() == bounds.keys()
+    for name, out in found.items():
+        assert out.shape == truth[name].shape, name
+        assert not out.isnan().any(), name
+        gap = (out.double() - truth[name]).abs()
+        worst = (gap - bounds[name]).amax().item() if gap.numel() else 0.0
+        assert worst <= 0, f"{name}: an element is {worst:.3e} beyond its rounding bound"

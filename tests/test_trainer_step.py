@@ -1,0 +1,288 @@
+"""One step of training: packing, the fused head, the loss, gradients however it is split."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import logsigmoid
+from trainer_tiny import as_split, tiny_config, tiny_llama, tiny_policy, tiny_split
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from trainer.config import InputError
+from trainer.encoding import IGNORE
+from trainer.loop import check_finite, evaluate, evaluation_step, run_step
+from trainer.model import check_model, fuse_lm_head, locate_model, loss_options, save_model
+from trainer.packing import Step, first_visits, pack, plan_pass, plan_training
+from trainer.reference import needs_reference, reference_logps
+
+LN2 = math.log(2)
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+STYLES = {
+    "qwen2": Qwen2Config(**SIZES),
+    "mistral, window": MistralConfig(**SIZES, sliding_window=16),
+    "gemma2, softcaps": Gemma2Config(
+        **SIZES, head_dim=8, sliding_window=16, final_logit_softcapping=5.0
+    ),
+    "cohere, scale": CohereConfig(**SIZES, logit_scale=0.25),
+    "granite, scale": GraniteConfig(**SIZES, logits_scaling=4.0),
+}
+
+
+def styled(style):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(STYLES[style]).eval()
+
+
+def sequence_logps(model, sequences):
+    """Summed response log-probs by the model's own logits, one sequence at a time."""
+    logps = []
+    for sequence in sequences:
+        logits = model(input_ids=torch.tensor([sequence.ids])).logits[0]
+        labels = torch.tensor(sequence.labels)
+        kept = labels != IGNORE
+        picked = logits.log_softmax(-1)[kept].gather(1, labels[kept, None])
+        logps.append(picked.sum())
+    return torch.stack(logps)
+
+
+def rpo_by_hand(model, pairs, ref_logps, config):
+    """Design.md, section 1, on materialized logits."""
+    chosen = sequence_logps(model, [pair.chosen for pair in pairs])
+    rejected = sequence_logps(model, [pair.rejected for pair in pairs])
+    lengths = torch.tensor([float(pair.chosen.trained_tokens) for pair in pairs])
+    margin = config.beta * ((chosen - ref_logps[:, 0]) - (rejected - ref_logps[:, 1]))
+    weight, sft = {
+        "sum": (config.eta * config.beta, -chosen.mean()),
+        "sequence_mean": (config.eta, -(chosen / lengths).mean()),
+        "token_mean": (config.eta, -chosen.sum() / lengths.sum()),
+    }[config.sft_reduction]
+    return -logsigmoid(margin).mean() + weight * sft
+
+
+def gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def shifted_reference(count):
+    """A reference away from the policy, so that every pair has its own slope."""
+    return torch.linspace(-60, -20, 2 * count).view(count, 2)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_packed_sequences_do_not_see_each_other(style):
+    policy, _ = tiny_policy(styled(style))
+    batch = pack(tiny_split(3).pairs, (0, 1, 2))
+    check_model(policy, batch)
+    packed, ends = policy.hidden(batch), batch.cu_seqlens.tolist()
+    for start, stop in zip(ends, ends[1:], strict=False):
+        ids = batch.input_ids[:, start:stop]
+        alone = policy.model.base_model(input_ids=ids).last_hidden_state[0]
+        assert relative(packed[start:stop], alone) < 1e-5
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_loss_and_gradient_are_those_of_the_model_s_own_logits(style):
+    split = tiny_split(3)
+    split.ref_logps = shifted_reference(3)
+    config = tiny_config(eta=0.5)
+    model = styled(style)
+    expected = rpo_by_hand(model, split.pairs, split.ref_logps, config)
+    expected.backward()
+    wanted = gradient(model)
+    model.zero_grad()
+    policy, accelerator = tiny_policy(model, eta=0.5)
+    step = Step((((0, 1, 2),),))
+    loss = run_step(policy, split, step, accelerator, train=True)[0]
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert relative(gradient(model), wanted) < 1e-5
+
+
+def test_a_leak_between_packed_sequences_is_noticed(monkeypatch):
+    policy, _ = tiny_policy()
+    backbone, forward = policy.model.base_model, policy.model.base_model.forward
+
+    def without_positions(*, position_ids=None, **inputs):
+        return forward(**inputs)
+
+    monkeypatch.setattr(backbone, "forward", without_positions)
+    with pytest.raises(InputError, match="LlamaForCausalLM: packed sequences influence each other"):
+        check_model(policy, pack(tiny_split(2).pairs, (0, 1)))
+
+
+@pytest.mark.parametrize("style", ["gemma2, softcaps", "cohere, scale", "granite, scale"])
+def test_a_missed_logit_transform_is_noticed(style):
+    policy, _ = tiny_policy(styled(style))
+    head = policy.model.get_output_embeddings()
+    head.logit_softcap, head.logit_scale = None, 1.0
+    with pytest.raises(InputError, match="its logits are not softcap"):
+        check_model(policy, pack(tiny_split(2).pairs, (0, 1)))
+
+
+def test_a_head_that_is_no_linear_is_refused():
+    model = tiny_llama()
+    model.set_output_embeddings(torch.nn.Sequential(model.lm_head))
+    with pytest.raises(InputError, match="expected an output layer of type Linear, got Sequential"):
+        fuse_lm_head(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_fused_model_generates_and_saves_like_any_other(tied, tmp_path):
+    plain, fused = tiny_llama(tied), fuse_lm_head(tiny_llama(tied))
+    prompt = torch.tensor([[5, 6, 7]])
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(fused.generate(prompt, **settings), plain.generate(prompt, **settings))
+    assert (fused.lm_head.weight is fused.model.embed_tokens.weight) == tied
+
+    class NoTokenizer:
+        def save_pretrained(self, folder):
+            pass
+
+    save_model(fused, NoTokenizer(), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("reduction", ["sum", "sequence_mean", "token_mean"])
+def test_gradients_do_not_depend_on_how_a_step_is_split(reduction):
+    split = tiny_split(8)
+    split.ref_logps = shifted_reference(8)
+    policy, accelerator = tiny_policy(sft_reduction=reduction, eta=0.5)
+    order, results = list(range(8)), []
+    for accumulation in (1, 2, 3, 8, 11):  # 3 is uneven, 11 has passes without any pair
+        policy.zero_grad()
+        (step,) = plan_pass(order, 8, 1, accumulation)
+        values = run_step(policy, split, step, accelerator, train=True)
+        results.append((values, gradient(policy)))
+    for values, grad in results[1:]:
+        torch.testing.assert_close(values, results[0][0], rtol=1e-5, atol=1e-6)
+        assert relative(grad, results[0][1]) < 1e-5
+
+    policy.zero_grad()  # averaging each pass by its own counts is another gradient
+    for i in order:
+        batch, ref = pack(split.pairs, (i,)), split.ref_logps[i]
+        own = policy(batch, ref, 1, split.pairs[i].chosen.trained_tokens)
+        (own.loss / 8).backward()
+    differs = relative(gradient(policy), results[0][1])
+    assert (differs > 1e-3) == (reduction == "token_mean")
+
+
+@pytest.mark.parametrize("reduction", ["sum", "sequence_mean", "token_mean"])
+def test_at_step_0_the_policy_is_the_reference(reduction):
+    split = tiny_split(8)
+    policy, accelerator = tiny_policy(sft_reduction=reduction)
+    steps = plan_pass(list(range(8)), 4, 1, 2)
+    split.ref_logps = reference_logps(policy, split, steps, accelerator, "reference")
+    for step in steps:
+        values = run_step(policy, split, step, accelerator, train=True)
+        assert values[1].item() == pytest.approx(LN2, abs=1e-6)
+    before = evaluate(policy, split, evaluation_step(8, 3, 1), accelerator)
+    assert before["eval/loss/dpo"] == pytest.approx(LN2, abs=1e-5)  # other batches, other rounding
+
+    same = evaluation_step(8, 4, 1)
+    split.ref_logps = reference_logps(policy, split, [same], accelerator, "reference")
+    before = evaluate(policy, split, same, accelerator)
+    assert before["eval/loss/dpo"] == pytest.approx(LN2, abs=1e-7)
+    assert (before["eval/rewards/accuracies"], before["eval/rewards/margins"]) == (0.5, 0.0)
+
+
+def test_without_eta_it_is_plain_dpo():
+    split = tiny_split(4)
+    split.ref_logps = shifted_reference(4)
+    model = tiny_llama()
+    rpo_by_hand(model, split.pairs, split.ref_logps, tiny_config(eta=0.0)).backward()
+    wanted = gradient(model)
+    policy, accelerator = tiny_policy(eta=0.0)
+    run_step(policy, split, Step((((0, 1, 2, 3),),)), accelerator, train=True)
+    assert relative(gradient(policy), wanted) < 1e-5
+
+
+def test_reference_free_losses_need_no_reference():
+    assert needs_reference("sigmoid") and not needs_reference("simpo")
+    policy, accelerator = tiny_policy(loss_type="simpo")
+    step = Step((((0, 1),),))
+    values = run_step(policy, as_split(tiny_split(2).pairs), step, accelerator, train=True)
+    assert values.isfinite().all()
+
+
+def test_bfloat16_keeps_float32_weights_and_a_finite_loss():
+    accelerator = Accelerator(cpu=True)
+    policy, _ = tiny_policy()
+    split = tiny_split(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        step = Step((((0, 1),),))
+        split.ref_logps = reference_logps(policy, split, [step], accelerator, "reference")
+        values = run_step(policy, split, step, accelerator, train=True)
+    assert values[1].item() == pytest.approx(LN2, abs=1e-2)
+    assert all(p.grad.dtype == torch.float32 for p in policy.parameters())
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "ranks"), [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_a_plan_gives_every_split_the_same_steps(batch_size, accumulation, ranks):
+    def plan(**how):
+        return plan_training(21, epochs=2.5, max_steps=-1, seed=7, **how)
+
+    steps = plan(batch_size=batch_size, accumulation=accumulation, ranks=ranks)
+    whole = plan(batch_size=8, accumulation=1, ranks=1)
+    assert [step.indices for step in steps] == [step.indices for step in whole]
+    assert [len(step.indices) for step in steps] == [8, 8, 5, 8, 8, 5, 8, 8]
+    assert sorted(i for step in steps[:3] for i in step.indices) == list(range(21))
+    assert steps[0].indices != steps[3].indices
+    assert first_visits(steps) == steps[:3] and first_visits(steps[:2]) == steps[:2]
+    assert all(len(indices) <= batch_size for s in steps for r in s.micro_batches for indices in r)
+
+
+def test_max_steps_overrides_epochs():
+    how = {"batch_size": 2, "accumulation": 1, "ranks": 1, "seed": 0}
+    assert len(plan_training(5, epochs=1, max_steps=7, **how)) == 7
+    assert len(plan_training(5, epochs=0.5, max_steps=-1, **how)) == 2
+
+
+BAD_COMBINATIONS = [
+    ({"loss_type": "dpo"}, "loss_type: expected one of"),
+    ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
+    ({"loss_type": "exo_pair"}, "label_smoothing"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD_COMBINATIONS, ids=lambda x: str(x)[:40])
+def test_what_the_loss_refuses_is_refused_before_any_model_is_loaded(fields, message):
+    with pytest.raises(InputError, match=message):
+        loss_options(tiny_config(**fields))
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match="'no_such_package' is not installed; install it"):
+        locate_model(tiny_config(model_name_or_path="package:no_such_package"))
+    with pytest.raises(InputError, match="gguf_file: no file 'm.gguf'"):
+        locate_model(tiny_config(model_name_or_path=str(tmp_path), gguf_file="m.gguf"))
+
+
+def test_nan_stops_the_run():
+    check_finite(3, 0.7, 1.0)
+    for loss, norm in ((float("nan"), 1.0), (0.7, float("inf"))):
+        with pytest.raises(FloatingPointError, match="step 3: loss .*lower learning_rate"):
+            check_finite(3, loss, norm)

@@ -1,0 +1,1 @@
+"""Preference training with RPO; `trainer/README.md` follows one batch through it."""

@@ -1,0 +1,294 @@
+"""Everything a run depends on: one frozen dataclass, from a YAML file and command-line overrides.
+
+    accelerate launch trainer/run.py --config my.yaml --learning_rate 1e-5
+
+Without `--config` the default recipe is read. Names are Hugging Face's where Hugging Face has one.
+A value is checked when the config is built, wherever it comes from; an unknown key is an error that
+names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_RECIPE = ROOT / "trainer" / "recipes" / "smollm2-cpu.yaml"
+# Overriding the second on the command line drops the recipe's first: it described the old one.
+BELONGS_TO = {"gguf_file": "model_name_or_path", "eval_file": "train_file"}
+
+
+class InputError(ValueError):
+    """The user gave something wrong; the message says what was expected, what came, what to do."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run. Lengths count tokens, batch sizes pairs, intervals optimizer steps."""
+
+    model_name_or_path: str
+    """Folder or hub id of the policy, or `package:NAME`, the folder of a Python package."""
+    train_file: tuple[str, ...]
+    """JSONL or Parquet files of training pairs, from the working directory or the repository."""
+    gguf_file: str | None = None
+    """Name of a GGUF file inside the model folder; its weights are dequantized."""
+    eval_file: tuple[str, ...] = ()
+    """JSONL or Parquet files of held-out pairs; none means no evaluation."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What an unusable row does: stop the run before it starts, or be left out and counted."""
+    max_length: int = 1024
+    """Most tokens of a sequence; longer pairs lose the prompt's start or the response's end."""
+
+    loss_type: str = "sigmoid"
+    """Preference term, any of `rpo_kernels.losses.LOSSES`."""
+    beta: float = 0.1
+    """Strength of the KL regularization towards the reference; scales the implicit rewards."""
+    eta: float = 0.005
+    """Coefficient of the SFT term on the chosen response; 0 is the preference term alone (DPO)."""
+    sft_reduction: Literal["sum", "sequence_mean", "token_mean"] = "sum"
+    """SFT term: log-probs summed per response, averaged per response, or over a step's tokens."""
+    scale_eta_by_beta: bool | None = None
+    """Whether the SFT weight is eta times beta; null means for `sum` only, as its authors do."""
+    label_smoothing: float = 0.0
+    """Assumed share of flipped preferences, for the losses that define it."""
+
+    max_steps: int = -1
+    """Optimizer steps; -1 means as many as `num_train_epochs` takes."""
+    num_train_epochs: float = 1.0
+    """Passes over the training pairs, where `max_steps` is -1."""
+    per_device_train_batch_size: int = 4
+    """Pairs in one forward and backward pass of one process."""
+    gradient_accumulation_steps: int = 1
+    """Passes per optimizer step; the gradient does not depend on how a step is split."""
+    per_device_eval_batch_size: int = 4
+    """Pairs in one evaluation pass of one process."""
+    learning_rate: float = 5e-6
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """Schedule of the learning rate over the run, after the warm-up."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    seed: int = 42
+    """Seed of the order of the pairs and of every other random choice."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matmuls (bfloat16: autocast); weights, gradients and moments are float32."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Backend of the fused head: `auto` is Triton on GPUs and PyTorch elsewhere."""
+    max_workspace_mb: float | None = None
+    """Bound on the fused head's temporary memory in MiB; null is the package's default."""
+    cpu_threads: int = 0
+    """Threads per process on a CPU; 0 shares all cores (`accelerate launch` would use one)."""
+
+    logging_steps: int = 1
+    """Steps between two rows of `metrics.jsonl`, which are means over these steps."""
+    eval_steps: int = 0
+    """Steps between evaluations; 0 evaluates before and after training only."""
+    output_dir: str = "outputs/run"
+    """Where metrics, plot, resolved config and model go."""
+    overwrite_output_dir: bool = False
+    """Whether a run that `output_dir` already holds may be replaced."""
+
+    def __post_init__(self) -> None:
+        """Convert every value to its field's type, then check its range."""
+        for field, kind in _kinds().items():
+            object.__setattr__(self, field, _convert(field, getattr(self, field), kind))
+        for field, (expected, holds) in _RANGES.items():
+            value = getattr(self, field)
+            if value is not None and not holds(value):
+                raise InputError(f"{field}: expected {expected}, got {value}")
+        for field in ("model_name_or_path", "output_dir", "train_file"):
+            if not getattr(self, field):
+                raise InputError(f"{field}: expected a value, got an empty one")
+
+    def to_yaml(self) -> str:
+        """Every field and its value, readable by `--config`."""
+        values = dataclasses.asdict(self)
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+_RANGES = {
+    "max_length": ("an integer >= 8", lambda x: x >= 8),
+    "beta": ("a number > 0", lambda x: 0 < x < float("inf")),
+    "eta": ("a number >= 0", lambda x: 0 <= x < float("inf")),
+    "label_smoothing": ("a number in [0, 0.5)", lambda x: 0 <= x < 0.5),
+    "max_steps": ("-1 or an integer >= 1", lambda x: x == -1 or x >= 1),
+    "num_train_epochs": ("a number > 0", lambda x: 0 < x < float("inf")),
+    "per_device_train_batch_size": ("an integer >= 1", lambda x: x >= 1),
+    "gradient_accumulation_steps": ("an integer >= 1", lambda x: x >= 1),
+    "per_device_eval_batch_size": ("an integer >= 1", lambda x: x >= 1),
+    "learning_rate": ("a number > 0", lambda x: 0 < x < float("inf")),
+    "warmup_ratio": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
+    "weight_decay": ("a number >= 0", lambda x: 0 <= x < float("inf")),
+    "max_grad_norm": ("a number >= 0", lambda x: 0 <= x < float("inf")),
+    "seed": ("an integer in [0, 2^32)", lambda x: 0 <= x < 2**32),
+    "max_workspace_mb": ("null or a number > 0", lambda x: 0 < x < float("inf")),
+    "cpu_threads": ("an integer >= 0", lambda x: x >= 0),
+    "logging_steps": ("an integer >= 1", lambda x: x >= 1),
+    "eval_steps": ("an integer >= 0", lambda x: x >= 0),
+}
+
+
+def _kinds() -> dict[str, object]:
+    return typing.get_type_hints(RunConfig)
+
+
+def _convert(field: str, value: object, kind: object) -> object:
+    """`value` as the field's type, from YAML's types or the command line's (or `1e-5`'s) text."""
+    if isinstance(kind, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("null", "none")):
+            return None
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise InputError(f"{field}: expected one of {', '.join(choices)}, got {value!r}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        values = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
+            raise InputError(f"{field}: expected a path or a list of paths, got {value!r}")
+        return tuple(values)
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    try:
+        return _scalar(value, kind)
+    except (ValueError, TypeError):
+        raise InputError(f"{field}: expected {words[kind]}, got {value!r}") from None
+
+
+def _scalar(value: object, kind: type) -> object:
+    if kind is bool:
+        if isinstance(value, str):
+            return (
+                {"true": True, "false": False}[value.lower()]
+                if value.lower() in ("true", "false")
+                else _refuse()
+            )
+        return value if isinstance(value, bool) else _refuse()
+    if kind is str:
+        return value if isinstance(value, str) else _refuse()
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        _refuse()
+    if kind is int and isinstance(value, float):
+        return int(value) if value.is_integer() else _refuse()
+    return kind(value)
+
+
+def _refuse() -> None:
+    raise ValueError
+
+
+def field_docs() -> dict[str, str]:
+    """Every field of `RunConfig` and the sentence beneath it, in order."""
+    body = ast.parse(inspect.getsource(RunConfig)).body[0].body
+    pairs = zip(body, body[1:], strict=False)
+    return {
+        a.target.id: b.value.value
+        for a, b in pairs
+        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
+    }
+
+
+def check_keys(keys: typing.Iterable[str], source: str) -> None:
+    """Raise `InputError` for the first key that is no field, naming the nearest field."""
+    valid = list(_kinds())
+    for key in keys:
+        if key not in valid:
+            near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "--help lists all of them"
+            raise InputError(f"{source}: unknown key {key!r}; {hint}")
+
+
+def find_file(path: str) -> Path:
+    """`path` in the working directory, else in the repository: recipes work from anywhere."""
+    candidates = [Path(path), ROOT / path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    tried = " and ".join(dict.fromkeys(str(c.resolve()) for c in candidates))
+    raise InputError(f"{path}: no such file (looked for {tried})")
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected 'field: value' lines, got {type(values).__name__}")
+    check_keys(values, str(path))
+    return values
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trainer/run.py",
+        description="Fine-tune a language model on preference pairs with RPO.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help=f"recipe to start from (default: {DEFAULT_RECIPE.name})",
+    )
+    docs, kinds = field_docs(), _kinds()
+    for field in dataclasses.fields(RunConfig):
+        default = "" if field.default is dataclasses.MISSING else f" [{field.default}]"
+        many = typing.get_origin(kinds[field.name]) is tuple
+        how = (
+            {"nargs": "*"}
+            if many
+            else {"nargs": "?", "const": "true"}
+            if kinds[field.name] is bool
+            else {}
+        )
+        parser.add_argument(
+            f"--{field.name}",
+            default=argparse.SUPPRESS,
+            metavar="X",
+            help=(docs[field.name] + default).replace("%", "%%"),
+            **how,
+        )
+    return parser
+
+
+def parse_config(argv: list[str]) -> RunConfig:
+    """Read the recipe and apply the overrides of the command line.
+
+    Args:
+        argv: arguments after the program's name; `--help` prints every field and exits.
+
+    Raises:
+        InputError: unknown key, wrong type, value out of range, or missing file.
+    """
+    given, unknown = _parser().parse_known_args(argv)
+    overrides = vars(given)
+    recipe = overrides.pop("config")
+    for word in unknown:
+        if not word.startswith("--"):
+            raise InputError(f"command line: expected --field value, got {word!r}")
+        check_keys([word[2:].partition("=")[0]], "command line")
+    values = _read_yaml(DEFAULT_RECIPE if recipe is None else find_file(recipe))
+    for field, owner in BELONGS_TO.items():
+        if owner in overrides:
+            values.pop(field, None)
+    values.update(overrides)
+    for field in dataclasses.fields(RunConfig):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise InputError(f"{field.name}: no value; give it in the recipe or as --{field.name}")
+    return RunConfig(**values)

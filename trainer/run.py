@@ -1,0 +1,120 @@
+"""Train a language model on preference pairs with RPO.
+
+accelerate launch trainer/run.py                                  the default recipe
+accelerate launch trainer/run.py --config FILE.yaml --beta 0.05   another one, with an override
+python trainer/run.py --help                                      every field
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository, not from this folder
+    folder = Path(__file__).resolve().parent
+    sys.path[:] = [str(folder.parent), *(p for p in sys.path if Path(p or ".").resolve() != folder)]
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+
+from trainer import report
+from trainer.config import InputError, RunConfig, parse_config
+from trainer.data import read_splits
+from trainer.encoding import Split, encode_rows
+from trainer.loop import evaluate, evaluation_step, make_optimizer, train
+from trainer.model import (
+    PreferenceModel,
+    check_model,
+    load_model,
+    load_tokenizer,
+    locate_model,
+    loss_options,
+    save_model,
+)
+from trainer.packing import Step, pack, plan_training
+from trainer.reference import needs_reference, reference_logps
+
+
+def run(config: RunConfig) -> list[dict[str, float]]:
+    """Run a config from files to a saved model; returns the rows of `metrics.jsonl`."""
+    started = time.perf_counter()
+    accelerator = start(config)
+
+    report.check_output_dir(config)
+    options, source = loss_options(config), locate_model(config)
+    rows = read_splits(config)
+    tokenizer = load_tokenizer(source, config.gguf_file)
+    splits = {k: encode_rows(v, tokenizer, config.max_length, bad) for k, (v, bad) in rows.items()}
+    log = report.RunLog(config, {name: split.report for name, split in splits.items()})
+
+    model = PreferenceModel(load_model(source, config.gguf_file), options).to(accelerator.device)
+    check_model(model, pack(splits["train"].pairs, (0,)).to(accelerator.device))
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    plans = plan(config, splits, accelerator.num_processes)
+    if needs_reference(config.loss_type):
+        for name, split in splits.items():
+            title = f"ref {name}"
+            split.ref_logps = reference_logps(model, split, plans[name], accelerator, title)
+
+    def evaluate_now(step: int) -> None:
+        if "eval" in splits:
+            values = evaluate(model, splits["eval"], plans["eval"][0], accelerator)
+            log.write({"step": step} | values)
+
+    evaluate_now(0)
+    train(model, optimizer, splits["train"], plans["train"], config, accelerator, log, evaluate_now)
+    evaluate_now(len(plans["train"]))
+
+    if accelerator.is_main_process:
+        save_model(accelerator.unwrap_model(model).model, tokenizer, log.model_folder)
+    log.finish(time.perf_counter() - started)
+    accelerator.wait_for_everyone()
+    return log.rows
+
+
+def plan(config: RunConfig, splits: dict[str, Split], ranks: int) -> dict[str, list[Step]]:
+    """Which pairs every training step sees, and the held-out set as one step."""
+    steps = {
+        "train": plan_training(
+            len(splits["train"].pairs),
+            batch_size=config.per_device_train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            ranks=ranks,
+            epochs=config.num_train_epochs,
+            max_steps=config.max_steps,
+            seed=config.seed,
+        )
+    }
+    if "eval" in splits:
+        batch_size = config.per_device_eval_batch_size
+        steps["eval"] = [evaluation_step(len(splits["eval"].pairs), batch_size, ranks)]
+    return steps
+
+
+def start(config: RunConfig) -> Accelerator:
+    """Seed everything, choose precision and CPU threads."""
+    precision = "bf16" if config.dtype == "bfloat16" else "no"
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != asked:
+        raise InputError(f"{asked} processes were asked for, {accelerator.num_processes} started")
+    if accelerator.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(config.cpu_threads or max(1, share))
+    set_seed(config.seed)
+    return accelerator
+
+
+def main() -> None:
+    """Read the command line and run; what the user got wrong is one message, not a traceback."""
+    try:
+        run(parse_config(sys.argv[1:]))
+        PartialState().destroy_process_group()  # after the model is gone: DDP's end waits for ranks
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
