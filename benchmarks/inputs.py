@@ -1,4 +1,6 @@
-"""Inputs of the benchmarks: real hidden states of SmolLM2, and synthetic ones calibrated to real statistics."""
+"""Inputs of the benchmarks: real hidden states of SmolLM2, and synthetic ones calibrated to real
+statistics.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def smollm2():
 
 
 def real(rows: int = 4096, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """``hidden (rows, D)``, ``next token (rows,)`` and ``weight (V, D)`` of SmolLM2 over chosen and rejected chat answers."""
+    """``hidden (rows, D)``, ``next token (rows,)`` and ``weight (V, D)`` of SmolLM2 over chosen
+    and rejected chat answers.
+    """
     path = CACHE / f"smollm2-{rows}-{seed}.pt"
     if path.exists():
         return torch.load(path)
@@ -77,42 +81,111 @@ def real(rows: int = 4096, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return result
 
 
-def real_problem(pairs: int = 2, length: int = 1024, response: float = 0.75) -> Problem:
-    """Two pairs of 1,024 positions by default, the last three quarters of each a response: 3,072 of 4,096 rows count."""
+@torch.no_grad()
+def sequence_logps(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 2**27) -> Tensor:
+    """Summed log-probs (2B,) in float32, chunk by chunk: of hidden (2B, T, D), weight (V, D),
+    labels (2B, T).
+    """
+    rows, targets = hidden.flatten(0, 1), labels.flatten()
+    logps = torch.zeros(len(rows), device=hidden.device)
+    for index in (targets != IGNORE).nonzero()[:, 0].split(max(1, chunk // len(weight))):
+        logits = (rows[index] @ weight.t()).float()
+        logps[index] = logits.gather(1, targets[index, None])[:, 0] - logits.logsumexp(1)
+    return logps.view(labels.shape).sum(1)
+
+
+def _ignore_prompts(targets: Tensor, response: float) -> Tensor:
+    labels = targets.clone()
+    labels[:, : round(labels.shape[1] * (1 - response))] = IGNORE
+    return labels
+
+
+def with_margins(hidden: Tensor, weight: Tensor, labels: Tensor, margins: list[float]) -> Problem:
+    """A problem whose pairs have these margins (in turn) at beta = 0.1: the reference is the
+    policy, shifted.
+    """
+    sums = sequence_logps(hidden, weight, labels)
+    count = len(labels) // 2
+    gaps = torch.tensor([margins[i % len(margins)] for i in range(count)], device=hidden.device)
+    return Problem(hidden, weight, labels, sums - torch.cat([gaps, -gaps]) * 5.0)
+
+
+def real_problem(
+    pairs: int = 2, length: int = 1024, response: float = 0.75, saturated: bool = False
+) -> Problem:
+    """Two pairs of 1,024 positions by default, the last three quarters of each a response: 3,072 of
+    4,096 rows count.
+
+    Beyond 4,096 rows the same states repeat: time does not depend on their values. `saturated`
+    widens the logits threefold and sets margins of +95 (a coefficient that is a denormal float) and
+    -300: far tails and pairs that no longer learn.
+    """
     count = 2 * pairs
-    hidden, targets, weight = real(count * length)
-    labels = targets.view(count, length).clone()
-    labels[:, : round(length * (1 - response))] = IGNORE
-    with torch.no_grad():
-        logps = torch.nn.functional.linear(hidden[:256], weight).log_softmax(-1)
-        mean = logps.gather(1, targets[:256, None]).mean()
-    ref = mean * (labels != IGNORE).sum(1) + torch.arange(count) % 3
-    return Problem(hidden.view(count, length, -1), weight, labels, ref)
+    rows = count * length
+    hidden, targets, weight = real(4096)
+    repeats = -(-rows // len(hidden))
+    hidden = hidden.repeat(repeats, 1)[:rows].view(count, length, -1)
+    labels = _ignore_prompts(targets.repeat(repeats)[:rows].view(count, length), response)
+    if saturated:
+        hidden = hidden * 3
+    return with_margins(hidden, weight, labels, [95.0, -300.0] if saturated else [0.7, -0.7])
+
+
+def calibrated_problem(
+    pairs: int, length: int, width: int, vocab: int, response: float = 1.0, device: str = "cpu"
+) -> Problem:
+    """Synthetic states and weight of any shape with the statistics of real ones, in bf16."""
+    hidden, targets, weight = calibrated(2 * pairs * length, width, vocab, device)
+    hidden, targets = hidden.view(2 * pairs, length, -1), targets.view(2 * pairs, length)
+    return with_margins(hidden, weight, _ignore_prompts(targets, response), [0.7, -0.7])
+
+
+@torch.no_grad()
+def statistics(problem: Problem, rows: int = 512) -> dict[str, float]:
+    """What a filter depends on, over the last `rows` rows: target probability, L1 norm of a row's
+    gradient, column share.
+    """
+    hidden = problem.hidden.flatten(0, 1)[-rows:].float()
+    targets = problem.labels.flatten()[-rows:]
+    probs = (hidden @ problem.weight.t().float()).softmax(-1)
+    target = probs.gather(1, targets.clamp(min=0)[:, None])[targets != IGNORE]
+    mass = probs.sum(0).sort(descending=True).values
+    return {
+        "mean_target_probability": float(target.mean()),
+        "mean_gradient_l1": float(2 * (1 - target).mean()),
+        "mass_of_heaviest_percent": float(mass[: max(1, len(mass) // 100)].sum() / mass.sum()),
+    }
 
 
 def calibrated(
     rows: int, width: int, vocab: int, device: str = "cpu", seed: int = 0, chunk: int = 2048
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Synthetic ``hidden, targets, weight`` in bf16 whose softmax looks like a chat model's.
+    """Synthetic ``hidden, targets, weight`` in bf16 whose softmax looks like a chat model's
+    (`statistics` measures it).
 
-    A Zipf-like bias direction makes low ids frequent; targets are sampled from the model's own softmax, sharpened so that the
-    mean target probability is about 0.43 and the gradient's mean L1 norm ``2 (1 - p)`` about 1.14, as on real answers.
+    A Zipf-like direction makes some ids frequent (in random order, as the worst case for a filter
+    that walks the vocabulary in its natural order); 256 rows in a row share a topic; targets are
+    sampled from the softmax itself; a fifth of the tokens is then made nearly certain (copying,
+    grammar). With these constants the mean target probability comes out near 0.43, the gradient's
+    mean L1 norm ``2 (1 - p)`` near 1.14, and 1 % of the vocabulary carries 85-90 % of the mass, as
+    on real answers.
     """
     g = torch.Generator(device=device).manual_seed(seed)
-    weight = torch.randn(vocab, width, generator=g, device=device) / width**0.5
-    zipf = -torch.log(torch.arange(1, vocab + 1, device=device, dtype=torch.float32))
-    weight[:, 0] = zipf  # direction 0 of every hidden state carries the unigram distribution
-    hidden = torch.randn(rows, width, generator=g, device=device) * 3.0
-    hidden[:, 0] = 1.0
+    normal = lambda *shape: torch.randn(*shape, generator=g, device=device)  # noqa: E731
+    weight = (normal(vocab, width) / width**0.5).bfloat16()
+    rank = torch.randperm(vocab, generator=g, device=device) + 1
+    weight[:, 0] = (-1.3 * torch.log(rank.float())).bfloat16()
+    topic = normal(-(-rows // 256), width).repeat_interleave(256, 0)[:rows]
+    hidden = ((normal(rows, width) + topic) * (4.0 * 0.5**0.5)).bfloat16()
+    hidden[:, 0] = 1.0  # direction 0 carries the unigram distribution
     targets = torch.empty(rows, dtype=torch.int64, device=device)
-    weight, hidden = weight.bfloat16(), hidden.bfloat16()
     for i in range(0, rows, chunk):
         scores = (hidden[i : i + chunk] @ weight.t()).float()
-        # half of the tokens are nearly certain (copying, grammar), half are open
-        noise = -torch.log(-torch.log(torch.rand(scores.shape, generator=g, device=device)))
-        targets[i : i + chunk] = (scores + noise).argmax(1)
-        certain = torch.rand(scores.shape[0], generator=g, device=device) < 0.45
-        boost = weight[targets[i : i + chunk]].float()
-        boost = boost / boost.square().sum(1, keepdim=True) * 14.0
-        hidden[i : i + chunk] += torch.where(certain[:, None], boost, 0).bfloat16()
+        scores -= torch.empty_like(scores).exponential_(generator=g).log_()  # Gumbel noise
+        targets[i : i + chunk] = scores.argmax(1)
+        certain = torch.rand(scores.shape[0], generator=g, device=device) < 0.2
+        lift = weight[targets[i : i + chunk]].float()
+        lift[:, 0] = 0
+        lift *= 14.0 / lift.square().sum(1, keepdim=True)
+        hidden[i : i + chunk] += torch.where(certain[:, None], lift, 0).bfloat16()
     return hidden, targets, weight

@@ -4,6 +4,8 @@ tests and docs import it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,8 +38,7 @@ def preference_losses(
         "hinge": lambda: torch.relu(1 - m),
         "ipo": lambda: (c - r - 1 / (2 * beta)) ** 2,
         "exo_pair": lambda: (
-            m.sigmoid() * (ls(m) - torch.log(torch.tensor(1 - eps).to(m)))
-            + (-m).sigmoid() * (ls(-m) - torch.log(torch.tensor(eps).to(m)))
+            m.sigmoid() * (ls(m) - math.log(1 - eps)) + (-m).sigmoid() * (ls(-m) - math.log(eps))
         ),
         "apo_zero": lambda: 1 - (beta * c).sigmoid() + (beta * r).sigmoid(),
         "apo_down": lambda: (beta * c).sigmoid() + 1 - m.sigmoid(),
