@@ -156,10 +156,13 @@ def _save_logprobs(ctx, inputs, output):
     hidden, weight, targets, bias, ignore_index, scale, softcap, dtype, _, *rest = inputs
     ctx.rest = (None, ignore_index, scale, softcap, dtype, *rest)
     ctx.save_for_backward(*output, hidden, weight, targets, bias)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _grad_logprobs(ctx, grad, grad_lse, grad_keep):
+def _grad_logprobs(ctx, grad, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(ONCE)
     if grad is None:
         return (None,) * 12
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
@@ -292,11 +295,12 @@ def _save_loss(ctx, inputs, output):
     ctx.rest = (ignore_index, scale, softcap, dtype, tolerance, max_bytes, backend)
     again = () if ctx.stream else (hidden, weight, labels, bias, cu_seqlens)
     ctx.save_for_backward(*output[3:], *again)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _grad_loss(ctx, grad, *others):
-    if any(other is not None for other in others):
+def _grad_loss(ctx, grad, *_):
+    if torch.is_grad_enabled():  # create_graph=True
         raise RuntimeError(ONCE)
     if grad is None:
         return (None,) * 24

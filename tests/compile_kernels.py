@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rpo_kernels.backends import tiles, triton_tail
+from rpo_kernels.backends import tiles, triton_sparse, triton_tail
 from rpo_kernels.backends import triton_backend as backend
 from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.losses import LOSSES
@@ -51,11 +51,13 @@ MATRIX = {
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
+KEPT_ROWS = 4096  # rows of a panel for the kept products
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
@@ -74,16 +76,17 @@ def record(family: str, calls: Iterator) -> list:
     """Run launchers on meta tensors; return their launches."""
     launches = []
     places = [(kernels, n) for n in ("lse_partials", "lse_merge", "exp_fused", "exp_epilogue")]
-    places.append((triton_tail, "rpo_tail"))
+    places += [(triton_tail, "rpo_tail")]
+    places += [(triton_sparse, "kept_rows"), (triton_sparse, "kept_weight")]
     originals = [getattr(module, name) for module, name in places]
     for (module, name), kernel in zip(places, originals, strict=True):
         setattr(module, name, Recorder(kernel, launches))
-    device, backend._device = backend._device, lambda device: (family, 132)
+    device, tiles.of_device = tiles.of_device, lambda device: (family, 132)
     try:
         for call in calls:
             call()
     finally:
-        backend._device = device
+        tiles.of_device = device
         for (module, name), kernel in zip(places, originals, strict=True):
             setattr(module, name, kernel)
     return launches
@@ -108,6 +111,19 @@ def calls_of(
         yield lambda: backend.lse_and_target(hidden, weight, offset, targets, transform, 2**28)
         yield lambda: backend.exp_panel_matmul(*arguments)
     yield lambda: backend.exp_panel_fused(*arguments, tile)
+
+
+def kept_call(dtype: torch.dtype, weight_dtype: torch.dtype, width: int, rows: int, size: int):
+    """One call of `kept_products`, on a panel of `rows` rows of the whole vocabulary."""
+    panel = torch.empty(V, rows, dtype=dtype, device="meta")
+    keep = torch.empty(-(-rows // size), V, dtype=torch.bool, device="meta")
+    weight = torch.empty(V, width, dtype=weight_dtype, device="meta")
+    scaled = torch.empty(rows, width, dtype=dtype, device="meta")
+    d_rows = torch.empty(rows, width, device="meta")
+    d_weight = torch.empty(V, width, device="meta")
+    yield lambda: backend.kept_products(
+        panel, size, keep, weight, scaled, scaled[:, 0], d_rows, d_weight, None, 1.0
+    )
 
 
 def tail_calls(losses):
@@ -197,6 +213,13 @@ def main(family: str, oversized: bool) -> None:
                 once = "ragged" in label or kernel.__name__ in ("lse_partials", "exp_fused")
                 if once and (kernel.__name__ != "lse_merge" or label.startswith("fp32")):
                     cases.append((kernel, arguments, label))
+        for label, *case in (
+            ("bf16", torch.bfloat16, torch.bfloat16, D, KEPT_ROWS),
+            ("bf16 autocast ragged", torch.bfloat16, torch.float32, RAGGED, KEPT_ROWS - 255),
+            ("fp32 ragged", torch.float32, torch.float32, RAGGED, KEPT_ROWS - 255),
+        ):
+            first, second, *_ = record(family, kept_call(*case, size=256))
+            cases += [(*first, label), (*second, label)]
         losses = list(LOSSES) if family == "sm_90" else ["orpo"]
         launches = record(family, tail_calls(losses))
         cases += [(*launch, loss) for launch, loss in zip(launches, losses, strict=True)]

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from rpo_kernels import reference
+from rpo_kernels.engines.panel import capacity
 
 IGNORE = -100
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -55,6 +56,17 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warned)
         deterministic.fill_uninitialized_memory = filled
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Small problems take longer to wake threads than to compute, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Problem(NamedTuple):
@@ -171,6 +183,17 @@ def loss_of_logps(logps: Tensor, problem: Problem, **options) -> Tensor:
         return reference.rpo_loss(
             problem.hidden, problem.weight, problem.labels, problem.ref_logps, **options
         )
+
+
+def workspace_for(rows: int, problem: Problem) -> float:
+    """The smallest `max_workspace_mb` (to 16 bytes) whose streaming panel holds `rows` rows."""
+    (vocab, width), size = problem.weight.shape, problem.weight.dtype.itemsize
+    low, high = 0, 2**34
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = capacity(vocab, width, size, 16 * middle) >= rows
+        low, high = (low, middle) if fits else (middle, high)
+    return 16 * high / 2**20
 
 
 Result = dict[str, Tensor]

@@ -3,6 +3,7 @@ neither imports the other.
 
 lse_and_target(hidden, weight, bias, targets, transform, max_bytes) -> (lse, target_logit)
 exp_panel(hidden, weight, bias, shift, targets, v0, transform, out, sums, target_logit) -> None
+kept_products(panel, size, keep, weight, scaled, coef, d_rows, d_weight, d_bias, scale) -> None
 tail(logps, offsets, ref_logps, loss_type, ...) -> (pairs, coef)
 """
 

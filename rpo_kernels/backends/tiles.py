@@ -5,14 +5,17 @@ step of bf16 takes 1,024 tensor-core cycles an SM and loads 48 KiB through L2, w
 128 load 64 KiB in the same time; four such stages fill the shared memory, and 256 threads hold
 the accumulator in 128 registers each. float32 products are exact FMAs without matrix units
 (except on CDNA), so their tiles are small. `tests/test_triton_compile.py` compiles every entry
-and checks shared memory, spills and matrix instructions.
+and checks shared memory, spills and matrix instructions; `benchmarks/autotune.py` times candidates.
 
 Key: N rows, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
+
+import torch
 
 KIB = 1024
 
@@ -20,7 +23,8 @@ KIB = 1024
 class Tile(NamedTuple):
     """A matmul tile, ``(block_n, block_d) x (block_d, block_v)``, and how it runs.
 
-    `per_sm` programs fit an SM at once; `tma`: operands come through tensor descriptors if aligned.
+    In `KEPT` another dimension than D is summed over. `per_sm` programs fit an SM at once; `tma`:
+    operands come through tensor descriptors if aligned.
     """
 
     block_n: int
@@ -59,6 +63,24 @@ CONFIGS: dict[tuple[str, str], Config] = {
     ("interpreter", "single"): Config(Tile(64, 128, 64, 4, 1), "fused"),
 }
 
+# the tiles of `triton_sparse`: (block_n, block_v) x (block_v, block_d) for the rows, and
+# (block_v, block_n) x (block_n, block_d) for the weight, where a small block_v computes less that
+# was not kept
+KEPT: dict[tuple[str, str], tuple[Tile, Tile]] = {
+    ("sm_80", "half"): (Tile(128, 64, 128, 8, 4), Tile(64, 128, 128, 8, 4)),
+    ("sm_80", "single"): (Tile(64, 16, 64, 4, 3, 2), Tile(16, 64, 64, 4, 3, 2)),
+    ("sm_86", "half"): (Tile(128, 32, 128, 8, 4), Tile(32, 128, 128, 8, 4)),
+    ("sm_86", "single"): (Tile(64, 16, 64, 4, 3, 2), Tile(16, 64, 64, 4, 3, 2)),
+    ("sm_90", "half"): (Tile(256, 64, 128, 8, 4), Tile(64, 128, 256, 8, 4)),
+    ("sm_90", "single"): (Tile(64, 16, 64, 4, 3, 2), Tile(16, 64, 64, 4, 3, 2)),
+    ("sm_100", "half"): (Tile(256, 64, 128, 8, 4), Tile(64, 128, 256, 8, 4)),
+    ("sm_100", "single"): (Tile(64, 16, 64, 4, 3, 2), Tile(16, 64, 64, 4, 3, 2)),
+    ("gfx942", "half"): (Tile(128, 64, 128, 4, 2), Tile(64, 128, 128, 4, 2)),
+    ("gfx942", "single"): (Tile(64, 32, 64, 4, 2, 2), Tile(32, 64, 64, 4, 2, 2)),
+    ("interpreter", "half"): (Tile(32, 32, 64, 4, 1), Tile(32, 32, 64, 4, 1)),
+    ("interpreter", "single"): (Tile(32, 32, 64, 4, 1), Tile(32, 32, 64, 4, 1)),
+}
+
 SHARED_LIMIT = {
     "sm_80": 163 * KIB,
     "sm_86": 99 * KIB,
@@ -73,6 +95,21 @@ GROUP_VOCAB = 8  # vocabulary blocks that take turns on a row block in `exp_pane
 MERGE_SPLITS, MERGE_ROWS = 64, 32  # tile of the merge of partial log-sum-exps
 EPILOGUE_VOCAB, EPILOGUE_ROWS = 64, 128  # tile of the pass over a panel of logits
 TAIL_TOKENS = 1024  # log-probs summed at a time
+# row blocks of one pass of `triton_sparse.kept_weight`, at most 16: a pass reads and writes float32
+# dW; entries are grouped by which of these blocks keep them, and more blocks mean more patterns
+SPAN = 8
+
+
+@functools.cache
+def of_device(device: torch.device) -> tuple[str, int]:
+    """The family of `CONFIGS` and the number of multiprocessors."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "interpreter", 4
+    found = torch.cuda.get_device_properties(device)
+    family = cuda_family(found.major, found.minor) if torch.version.hip is None else "gfx942"
+    return family, found.multi_processor_count
 
 
 def cuda_family(major: int, minor: int) -> str:
@@ -89,6 +126,11 @@ def cuda_family(major: int, minor: int) -> str:
 def dtype_class(itemsize: int) -> str:
     """The "half" (2 bytes) or "single" (4 bytes) column of `CONFIGS`."""
     return "half" if itemsize == 2 else "single"
+
+
+def precision() -> str:
+    """How `tl.dot` multiplies float32: exactly, unless PyTorch's own matmuls may use TF32."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def choose_splits(row_blocks: int, vocab_blocks: int, slots: int, most: int) -> int:

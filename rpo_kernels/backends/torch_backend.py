@@ -22,6 +22,7 @@ LOG2E = math.log2(math.e)
 FLOOR = -60 * LOG2E  # lowest exponent, in base 2
 CPU_TILE = 2**20  # elements: 4 MiB in fp32, a share of the last-level cache
 GPU_TILE = 2**25  # elements: 128 MiB in fp32
+GATHER = 2048  # entries gathered at a time: both operands stay in a CPU's cache
 
 
 def _tile_rows(device: torch.device, n: int) -> int:
@@ -158,6 +159,61 @@ def exp_panel(
             tile.mul_(transform.scale)
         if part.data_ptr() != tile.data_ptr():
             part.copy_(tile)
+
+
+def kept_products(
+    panel: Tensor,
+    size: int,
+    keep: Tensor,
+    weight: Tensor,
+    scaled: Tensor,
+    coef: Tensor,
+    d_rows: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    scale: float,
+) -> None:
+    """The kept part of the two matmuls of a panel, on gathered rows of `weight`.
+
+    Args:
+        panel: (V, n).
+        size: rows of a block; block b is rows ``b * size`` to ``(b + 1) * size``, the last may be
+            shorter.
+        keep: (blocks, V) bool, the entries that each block keeps.
+        weight: (V, D); gathered rows are cast to the dtype of `panel`.
+        scaled: (n, D), in the dtype of `panel`. coef: (n,).
+        d_rows: (n, D) float32 or float64, overwritten with ``panel^T @ weight``, or None.
+        d_weight: (V, D) float32 or float64, ``scale * panel @ scaled`` is added, or None.
+        d_bias: (V,) float32 or float64, ``scale * panel @ coef`` is added, or None.
+        scale: a factor that was divided out of `scaled` and `coef`.
+    """
+    if d_rows is not None:
+        d_rows.zero_()
+    lists = keep.nonzero()[:, 1].split(keep.sum(1).tolist())
+    for block, index in enumerate(lists):
+        rows = slice(block * size, (block + 1) * size)
+        columns = panel[:, rows]
+        for part in index.split(GATHER):
+            entries = columns.index_select(0, part)
+            if d_rows is not None:
+                gathered = weight.index_select(0, part).to(panel.dtype)
+                _add_product(d_rows[rows], entries.t(), gathered)
+            if d_weight is not None:
+                product = torch.mm(entries, scaled[rows]).to(d_weight.dtype)
+                d_weight.index_add_(0, part, product, alpha=scale)
+            if d_bias is not None:
+                product = torch.mv(entries, coef[rows].to(entries.dtype)).to(d_bias.dtype)
+                d_bias.index_add_(0, part, product, alpha=scale)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a (m, k) @ b (k, n)``, summed in the dtype of `out` where the device can."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.add_(torch.mm(a, b))
 
 
 def tail(

@@ -8,7 +8,6 @@ Key: n rows, D hidden size, V vocabulary, p panel entries, B pairs.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -17,10 +16,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rpo_kernels.backends import tiles
 from rpo_kernels.backends import triton_kernels as kernels
+from rpo_kernels.backends.triton_sparse import kept_products
 from rpo_kernels.backends.triton_tail import on_device, tail
 from rpo_kernels.spec import Transform
 
-__all__ = ["exp_panel", "lse_and_target", "supports", "tail"]
+__all__ = ["exp_panel", "kept_products", "lse_and_target", "supports", "tail"]
 LOG2E = math.log2(math.e)
 
 
@@ -49,18 +49,9 @@ def supports(hidden: Tensor) -> None:
         )
 
 
-@functools.cache
-def _device(device: torch.device) -> tuple[str, int]:
-    """The family of `tiles.CONFIGS` and the number of multiprocessors."""
-    if kernels.INTERPRETED.value:
-        return "interpreter", 4
-    found = torch.cuda.get_device_properties(device)
-    family = tiles.cuda_family(found.major, found.minor) if torch.version.hip is None else "gfx942"
-    return family, found.multi_processor_count
-
-
 def _config(hidden: Tensor) -> tiles.Config:
-    return tiles.CONFIGS[_device(hidden.device)[0], tiles.dtype_class(hidden.dtype.itemsize)]
+    family, kind = tiles.of_device(hidden.device)[0], tiles.dtype_class(hidden.dtype.itemsize)
+    return tiles.CONFIGS[family, kind]
 
 
 def _factors(transform: Transform) -> dict[str, float | None]:
@@ -96,7 +87,7 @@ def _operands(hidden: Tensor, weight: Tensor, tile: tiles.Tile) -> dict:
         "stride_wv": weight.stride(0),
         "D": hidden.shape[1],
         "TMA": tma,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+        "PRECISION": tiles.precision(),
         "BLOCK_N": tile.block_n,
         "BLOCK_V": tile.block_v,
         "BLOCK_D": tile.block_d,
@@ -129,7 +120,7 @@ def lse_and_target(
     n, vocab, tile = hidden.shape[0], weight.shape[0], _config(hidden).tile
     lse = hidden.new_empty(n, dtype=torch.float32)
     target_logit = hidden.new_zeros(n, dtype=torch.float32)
-    slots = _device(hidden.device)[1] * tile.per_sm
+    slots = tiles.of_device(hidden.device)[1] * tile.per_sm
     least = min(_blocks(vocab, tile.block_v), _blocks(slots, tiles.GROUP_ROWS))
     step = max(tile.block_n, max_bytes // (8 * least) // tile.block_n * tile.block_n)
     for i in range(0, n, step):

@@ -7,17 +7,14 @@ gradients of a block of rows in proportion to its mass there. With weights ``|g_
 
 Keep the heaviest (entry, block) combinations until at most ``grad_tolerance`` of the total is
 dropped; an entry that is a target of its block always stays. The matmuls then run on gathered rows
-of W, contiguous along D. What is kept is not
-renormalized: that would make the error worse.
+of W, contiguous along D (`kept_products` of the backends). What is kept is not renormalized: that
+would make the error worse.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from rpo_kernels.engines.matmul import matmul_into
-from rpo_kernels.spec import Head
 
 BLOCK = 256  # rows that share one choice of vocabulary entries
 GATHER = 2048  # entries gathered at a time: both operands stay in a CPU's cache
@@ -96,40 +93,3 @@ def _threshold(mass: Tensor, budget: Tensor) -> Tensor:
         fits = torch.where(mass <= middle.exp2(), mass, 0).sum(1, keepdim=True) <= budget[:, None]
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     return low.exp2()
-
-
-def products(
-    panel: Tensor,
-    blocks: list[tuple[int, int]],
-    keep: Tensor,
-    head: Head,
-    scaled: Tensor,
-    coef: Tensor,
-    d_rows: Tensor | None,
-    d_weight: Tensor | None,
-    d_bias: Tensor | None,
-    scale: float,
-) -> None:
-    """The kept part of the matmuls, block by block of rows.
-
-    Args:
-        panel: (V, n). blocks, keep: which entries of which rows. head: output layer.
-        scaled: (n, D) rows ``-g / S * H``. coef: (n,) ``-g / S``.
-        d_rows: (n, D), overwritten with ``panel^T @ W``, or None.
-        d_weight: (V, D), ``scale * panel @ scaled`` is added, or None. d_bias: (V,), likewise with
-            `coef`.
-        scale: a factor that was divided out of `scaled` and `coef`.
-    """
-    for (start, stop), index in zip(blocks, kept_entries(keep), strict=True):
-        columns = panel[:, start:stop]
-        for number, part in enumerate(index.split(GATHER)):
-            entries = columns.index_select(0, part)
-            if d_rows is not None:
-                weight = head.weight.index_select(0, part).to(head.dtype)
-                matmul_into(d_rows[start:stop], entries.t(), weight, accumulate=number > 0)
-            if d_weight is not None:
-                product = torch.mm(entries, scaled[start:stop]).to(d_weight.dtype)
-                d_weight.index_add_(0, part, product, alpha=scale)
-            if d_bias is not None:
-                product = torch.mv(entries, coef[start:stop].to(entries.dtype)).to(d_bias.dtype)
-                d_bias.index_add_(0, part, product, alpha=scale)

@@ -187,11 +187,11 @@ class Sweep:
             self.mass = self.mass + torch.stack([mass.sum() for mass in masses])
             d_weight = None if sums.weight is None else sums.weight.dense()
             d_bias = None if sums.bias is None else sums.bias.dense()[:, 0]
-            skipping.products(
+            self.backend.kept_products(
                 panel.values,
-                blocks,
+                skipping.BLOCK,
                 keep,
-                self.head,
+                self.head.weight,
                 scaled,
                 unit,
                 d_rows,
