@@ -106,7 +106,7 @@ def _strategy(
     heavy = split and 8 * vocab * width > ACCUMULATOR_SHARE * max_bytes
     thin = room < min(rows, 256)
     if asked == "auto":
-        slow = not any(needs) or dtype == torch.float16 or thin or rounds or heavy
+        slow = dtype == torch.float16 or thin or rounds or heavy
         asked = "recompute" if slow else "stream"
     if asked == "recompute" and tolerance:
         _check_block(room, vocab, max_bytes)
@@ -266,10 +266,10 @@ def fused_rpo_loss(
             the gradient is made in forward, so backward needs neither weight nor logits) or "auto".
             Streaming a pair whose rows times V exceed the workspace takes two float32 accumulators
             of (V, D), several groups of pairs take one where weight is half precision. ``auto``
-            streams, except: no gradient is wanted; fp16; fewer than 256 rows fit the workspace; or
-            the weight needs a gradient, not all rows fit at once, and either two accumulators
-            exceed 4 workspaces or the matmuls are half precision on a CPU (which rounds each
-            product).
+            streams, except: fp16; fewer than 256 rows fit the workspace; or the weight needs a
+            gradient, not all rows fit at once, and either two accumulators exceed 4 workspaces or
+            the matmuls are half precision on a CPU (which rounds each product). Without gradients
+            (`torch.no_grad`) both cost 1U; "stream" then gives the same bits as in training.
         backend: "auto", "triton" or "torch"; an explicit one runs or raises.
 
     Returns:
@@ -303,7 +303,8 @@ def fused_rpo_loss(
         1
     )  # losses, SFT losses, log-probs and rewards of chosen and rejected
     gap, norm = table[4] - table[5], num_pairs or max(sequences // 2, 1)
-    wins = (gap > 0).to(gap.dtype) + 0.5 * (gap == 0).to(gap.dtype)
+    tie = (gap == 0) & ((table[2] != 0) | (table[3] != 0))  # a pair without tokens is none
+    wins = (gap > 0).to(gap.dtype) + 0.5 * tie.to(gap.dtype)
     metrics = (*table[2:], wins.sum() / norm, gap.sum() / norm, skipped)
     return RPOOutput(loss, dpo_loss, sft_loss, *metrics)
 

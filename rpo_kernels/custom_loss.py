@@ -10,6 +10,7 @@ from torch import Tensor
 from rpo_kernels.backends import select
 from rpo_kernels.checks import pair_losses
 from rpo_kernels.engines import streaming
+from rpo_kernels.ops import ONCE, sequence_sums
 from rpo_kernels.rows import keep_rows
 from rpo_kernels.spec import Head, Transform
 
@@ -29,11 +30,10 @@ class CustomLoss(torch.autograd.Function):
 
         def settle(first: int, last: int, logps: Tensor) -> tuple[Tensor, Tensor]:
             counts = lengths[:, first:last]
-            sums = torch.segment_reduce(
-                logps.double(), "sum", lengths=counts.flatten(), initial=0.0
-            )
+            edges = torch.cat([counts.new_zeros(1), counts.flatten().cumsum(0)])
+            sums = sequence_sums(logps, edges)
             with torch.enable_grad():
-                leaf = sums.to(logps.dtype).view(2, -1).requires_grad_()
+                leaf = sums.view(2, last - first).requires_grad_()
                 losses = pair_losses(
                     loss_fn,
                     leaf,
@@ -57,7 +57,8 @@ class CustomLoss(torch.autograd.Function):
         return pairs[:, 0].sum() / norm, logps
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         """Multiply the kept gradients by the upstream scalar."""
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(ONCE)
         return *(None if x is None else x * grad for x in ctx.saved_tensors), *[None] * 7

@@ -224,7 +224,8 @@ class Sweep:
         """Pairs that fit the panel: fill, settle, two matmuls. Returns their table."""
         panel = self.fill(group.chunks[0])
         pairs, coef = settle(group.first, group.last, panel.logps)
-        self.put_hidden(panel.rows, self.gradients(panel, coef, self.totals), coef)
+        if any(self.needs):
+            self.put_hidden(panel.rows, self.gradients(panel, coef, self.totals), coef)
         return pairs
 
     def split(self, group: Group, settle: Settle, chosen_rows: int) -> Tensor:
@@ -236,7 +237,10 @@ class Sweep:
         for chunk in group.chunks:
             panel = self.fill(chunk)
             self.mass = torch.zeros_like(self.mass)
-            d_rows = self.gradients(panel, torch.ones_like(panel.logps), sides[at >= chosen_rows])
+            d_rows = None
+            if any(self.needs):
+                ones = torch.ones_like(panel.logps)
+                d_rows = self.gradients(panel, ones, sides[at >= chosen_rows])
             parts.append((panel.rows, d_rows, panel.logps, self.mass))
             at += panel.logps.shape[0]
         pairs, coef = settle(group.first, group.last, torch.cat([part[2] for part in parts]))

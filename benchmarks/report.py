@@ -1,0 +1,281 @@
+"""README's performance section and plots, from the recorded JSON: `python -m benchmarks.report`.
+
+Prints the section and draws the plots into the results folder. `--write` also puts the section
+between `<!-- performance:begin -->` and `<!-- performance:end -->` of README.md, never from smoke
+results; `--check` fails when README does not say what the newest files say; `--targets` compares
+their ratios with the required ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks.environment import ROOT
+from benchmarks.run import RESULTS
+
+BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+CASES = ("gpu", "table", "scaling")
+
+
+def load(folder: Path, smoke: bool = False) -> dict[tuple[str, str], dict]:
+    """The newest results of every (case, device)."""
+    newest: dict[tuple[str, str], dict] = {}
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        if found.get("schema") != 1 or found.get("smoke", False) != smoke:
+            continue
+        key = (found["case"], found["device"]["name"])
+        if key not in newest or found["date"] >= newest[key]["date"]:
+            newest[key] = found | {"file": path.name}
+    return dict(sorted(newest.items(), key=lambda item: (CASES.index(item[0][0]), item[0][1])))
+
+
+def median(run: dict, name: str) -> float | None:
+    """Median seconds of an implementation, None if it was not timed."""
+    return run["results"].get(name, {}).get("seconds", {}).get("median")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Significant digits without an exponent; a dash for nothing."""
+    if value is None:
+        return "–"
+    if value and abs(value) < 10 ** -(digits + 1):
+        return f"{value:.1e}"
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e" in text else text
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is text, the others numbers."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def provenance(document: dict) -> str:
+    """One line on where figures come from: device, versions, commit, rounds, file."""
+    device, versions = document["device"], document["versions"]
+    commit, date = (document["commit"] or "unknown")[:10], document["date"][:10]
+    changed = " with uncommitted changes" if document["uncommitted_changes"] else ""
+    rounds = [
+        entry["seconds"]["rounds"]
+        for run in document["runs"]
+        for entry in run["results"].values()
+        if "seconds" in entry
+    ]
+    where = device["name"]
+    where += f", driver {device['driver']}" if device.get("driver") else ""
+    where += f", {document['threads']} threads" if device["kind"] == "cpu" else ""
+    packages = {"trl": "TRL", "liger_kernel": "Liger", "cut-cross-entropy": "cut-cross-entropy"}
+    peers = [f"{label} {versions[name]}" for name, label in packages.items() if versions.get(name)]
+    return (
+        f"Measured on {where}; torch {versions['torch']}, {', '.join(peers)}; commit {commit}"
+        f"{changed}, {date}; medians of ≥ {min(rounds, default=0)} interleaved rounds;"
+        f" `benchmarks/results/{document['file']}`."
+    )
+
+
+def _heads(runs: list[dict]) -> dict[str, dict]:
+    """Runs of one dtype and shape by kind: full, frozen, saturated."""
+    found = {}
+    for run in runs:
+        kind = "saturated" if run["spec"]["inputs"] == "saturated" else "full"
+        found.setdefault("frozen" if run["spec"]["frozen"] else kind, run)
+    return found
+
+
+def _names(runs: list[dict]) -> dict[str, str]:
+    return {name: entry["label"] for run in runs for name, entry in run["results"].items()}
+
+
+def _spread(run: dict | None, name: str) -> str:
+    seconds = (run or {"results": {}})["results"].get(name, {}).get("seconds")
+    if not seconds:
+        return "–"
+    return f"{number(seconds['median'])} ({number(seconds['min'])}–{number(seconds['max'])})"
+
+
+def missing(runs: list[dict]) -> list[str]:
+    """What did not run, and why, once per reason."""
+    lines: dict[str, list[str]] = {}
+    for run in runs:
+        for entry in run["results"].values():
+            if "seconds" not in entry and run["spec"]["timed"]:
+                reason = f"{entry['label']}: {entry['status']} ({entry.get('reason', '')})"
+                shape = f"{run['tokens']:,} tokens, {run['spec']['dtype']}"
+                lines.setdefault(reason, []).append(shape)
+    shapes = {reason: sorted(set(where)) for reason, where in lines.items()}
+    return [f"- {reason} at {'; '.join(where)}" for reason, where in shapes.items()]
+
+
+def table_section(document: dict) -> str:
+    """Times, ratios, errors and peak memory of every implementation, a table per dtype."""
+    parts = []
+    for dtype in dict.fromkeys(run["spec"]["dtype"] for run in document["runs"]):
+        runs = [run for run in document["runs"] if run["spec"]["dtype"] == dtype]
+        heads = _heads(runs)
+        full, frozen = heads["full"], heads.get("frozen", {"results": {}})
+        head = [f"{dtype}, forward + backward", "s (min–max)", "of materialized", "frozen head, s"]
+        head += [
+            "of materialized, frozen",
+            "saturated, s",
+            "peak beyond, MB",
+            "error dH",
+            "error dW",
+        ]
+        rows = []
+        for name, label in _names(runs).items():
+            entry = full["results"].get(name, {})
+            if median(full, name) is None and median(frozen, name) is None:
+                continue
+            errors, beyond = entry.get("errors") or {}, entry.get("memory", {}).get("beyond")
+            rows.append([
+                f"**{label}**" if entry.get("ours") else label,
+                _spread(full, name),
+                number(ratio(median(full, name), median(full, "materialized")), 2),
+                number(median(frozen, name)),
+                number(ratio(median(frozen, name), median(frozen, "materialized")), 2),
+                number(median(heads["saturated"], name)) if "saturated" in heads else "–",
+                number(None if beyond is None else beyond / 1e6),
+                number(errors.get("dh"), 2),
+                number(errors.get("dw"), 2),
+            ])  # fmt: skip
+        bare = full["matmuls"].get("tiled") or full["matmuls"]["whole"]
+        whole = full["matmuls"]["whole"]["seconds"]
+        over = number(ratio(median(full, "auto"), bare["seconds"]), 3)
+        rate = 3 * full["flop_per_unit"] / bare["seconds"] / 1e9
+        parts.append(
+            f"{grid(head, rows)}\n\nThe three bare matmuls of these shapes take "
+            f"{number(bare['seconds'])} s in cache-sized tiles ({number(rate)} GFLOP/s; "
+            f"{number(whole)} s whole): `auto` takes {over} times that."
+        )
+    run = document["runs"][0]
+    intro = (
+        f"{run['tokens']:,} response tokens of {run['rows']:,} positions, D = {run['width']}, "
+        f"V = {run['vocab']:,}, {run['spec']['inputs']} hidden states. {provenance(document)}"
+    )
+    return "\n\n".join([intro, *parts, *(["\n".join(missing(document["runs"]))])]).strip()
+
+
+def gpu_section(document: dict) -> str:
+    """Milliseconds and multiples of the bare matmuls, a table per head and shape."""
+    timed = [run for run in document["runs"] if run["spec"]["timed"] and run.get("matmuls")]
+    parts = []
+    shapes = dict.fromkeys((r["width"], r["vocab"], r["spec"]["frozen"]) for r in timed)
+    for width, vocab, frozen in shapes:
+        runs = [
+            r for r in timed
+            if (r["width"], r["vocab"], r["spec"]["frozen"]) == (width, vocab, frozen)
+        ]  # fmt: skip
+        kind = "frozen head" if frozen else "full"
+        head = [f"D = {width:,}, V = {vocab:,}, {kind}: ms (× bare matmuls), GiB beyond"]
+        head += [f"{run['tokens']:,} tokens" for run in runs]
+        bare = [run["matmuls"]["whole"]["seconds"] for run in runs]
+        rows = [["bare matmuls", *(number(1e3 * seconds) for seconds in bare)]]
+        for name, label in _names(runs).items():
+            cells = []
+            for run, seconds in zip(runs, bare, strict=True):
+                entry = run["results"].get(name, {})
+                if "seconds" not in entry:
+                    cells.append(entry.get("status", "–"))
+                    continue
+                took, beyond = median(run, name), entry.get("memory", {}).get("beyond")
+                gib = number(None if beyond is None else beyond / 2**30, 2)
+                cells.append(f"{number(1e3 * took)} ({number(took / seconds)}), {gib}")
+            ours = runs[0]["results"].get(name, {}).get("ours")
+            rows.append([f"**{label}**" if ours else label, *cells])
+        parts.append(grid(head, rows))
+    notes = "\n".join(missing(document["runs"]))
+    return "\n\n".join([provenance(document), *parts, notes]).strip()
+
+
+def scaling_section(document: dict) -> str:
+    """Time per token and peak memory at both ends of the sweep, and the plots."""
+    rows = []
+    runs = [run for run in document["runs"] if run["spec"]["vocab"] is None]
+    for dtype in dict.fromkeys(run["spec"]["dtype"] for run in runs):
+        mine = [run for run in runs if run["spec"]["dtype"] == dtype]
+        for name, label in _names(mine).items():
+            ends = [run for run in mine if median(run, name) is not None]
+            if not ends:
+                continue
+            cells = []
+            for run in (ends[0], ends[-1]):
+                beyond = run["results"][name].get("memory", {}).get("beyond")
+                micro = 1e6 * median(run, name) / run["tokens"]
+                peak = number(None if beyond is None else beyond / 1e6)
+                cells += [f"{run['tokens']:,}", number(micro), peak]
+            rows.append([f"{label}, {dtype}", *cells])
+    head = ["", "tokens", "µs per token", "peak, MB", "up to tokens", "µs per token", "peak, MB"]
+    image = f"![time and peak memory against tokens](benchmarks/results/{plot_name(document)})"
+    return "\n\n".join([provenance(document), grid(head, rows), image])
+
+
+def plot_name(document: dict) -> str:
+    return f"{document['case']}-{document['device']['kind']}.png"
+
+
+def section(documents: dict[tuple[str, str], dict]) -> str:
+    """The whole text between the markers."""
+    parts = []
+    writers = {"table": table_section, "gpu": gpu_section, "scaling": scaling_section}
+    for (case, _), document in documents.items():
+        if document["runs"]:
+            parts.append(writers[case](document))
+    return "\n\n".join(parts) or "No results are recorded yet."
+
+
+def spliced(readme: str, text: str) -> str | None:
+    """README with the section replaced, None if a marker is missing."""
+    if BEGIN not in readme or END not in readme:
+        return None
+    before, rest = readme.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--write", action="store_true", help="write the section into README")
+    parser.add_argument("--check", action="store_true", help="fail if README is out of date")
+    parser.add_argument(
+        "--targets", action="store_true", help="print the required ratios, met or not"
+    )
+    parser.add_argument("--smoke", action="store_true", help="use smoke results")
+    a = parser.parse_args(arguments)
+    if a.smoke and a.write:
+        parser.error("--write: smoke results are no figures for README")
+    documents = load(a.results, a.smoke)
+    if a.targets:
+        from benchmarks.targets import compare
+
+        return 0 if compare(documents) else 1
+    text = section(documents)
+    old = a.readme.read_text() if a.readme.exists() else ""
+    new = spliced(old, text)
+    if a.check:
+        fresh = new is not None and new == old
+        print("README is up to date" if fresh else "README is out of date: run benchmarks.report")
+        return 0 if fresh else 1
+    from benchmarks.plots import draw
+
+    for document in documents.values():
+        draw(document, a.results / plot_name(document))
+    if not a.write or new is None:
+        print(text)
+    if a.write and new is None:
+        print(f"{a.readme} lacks the markers {BEGIN} and {END}: nothing written")
+        return 1
+    if a.write:
+        a.readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

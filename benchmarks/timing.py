@@ -1,0 +1,169 @@
+"""Clocks and memory meters: interleaved rounds, the matmul rate of the same shapes, peak memory
+beyond inputs and gradients.
+
+N response tokens, D hidden, V vocabulary; U = 2 N V D FLOP
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+TILE = 2**20  # elements of a cache-sized tile of logits
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """Wall-clock time of one call, work on the device included; what the call returns is freed
+    inside.
+    """
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def summary(samples: list[float]) -> dict:
+    return {
+        "median": statistics.median(samples),
+        "min": min(samples),
+        "max": max(samples),
+        "rounds": len(samples),
+        "samples": samples,
+    }
+
+
+def interleave(
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    failed: Callable[[str, Exception], None],
+    deadline: float = float("inf"),
+    doing: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Time every call once per round, in an order that rotates, so that drift of the machine hits
+    all alike.
+
+    A call that raises is reported to `failed` and left out from then on; at the deadline (of
+    `time.monotonic`) it stops.
+    """
+    calls = dict(calls)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        names = list(calls)
+        start = turn % max(len(names), 1)
+        for name in names[start:] + names[:start]:
+            if time.monotonic() > deadline:
+                return {name: found for name, found in samples.items() if found}
+            doing(name)
+            try:
+                samples[name].append(seconds(calls[name], device))
+            except Exception as error:
+                del calls[name], samples[name]
+                failed(name, error)
+    return samples
+
+
+def matmuls(n: int, width: int, vocab: int, dtype: torch.dtype, device: str) -> dict[str, Callable]:
+    """The three matmuls of the loss as bare calls with outputs allocated beforehand: 1U each.
+
+    ``whole``: one matmul of the full shapes (reads and writes N x V). ``tiled`` (CPU): tile by tile
+    down the vocabulary, the N x p tile staying in cache, as an engine uses them. Data are random,
+    never zeros.
+    """
+    g = torch.Generator(device=device).manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=g, device=device).to(dtype)  # noqa: E731
+    h, w = make(n, width), make(vocab, width)
+    panel = torch.empty(vocab, n, dtype=dtype, device=device)
+    for v in range(0, vocab, 4096):
+        panel[v : v + 4096] = make(min(4096, vocab - v), n)
+    dh, dw = torch.empty_like(h), torch.empty_like(w)
+    calls = {
+        "whole logits": lambda: torch.mm(w, h.t(), out=panel),
+        "whole dh": lambda: torch.mm(panel.t(), w, out=dh),
+        "whole dw": lambda: torch.mm(panel, h, out=dw),
+    }
+    if device == "cpu":
+        step = max(64, TILE // n // 64 * 64)
+        tile = make(step, n)
+        part = torch.empty_like(dh)
+
+        def tiles(work: Callable[[slice, int], object]) -> Callable[[], None]:
+            spans = [(v, min(step, vocab - v)) for v in range(0, vocab, step)]
+            return lambda: [work(slice(v, v + p), p) for v, p in spans] and None
+
+        calls |= {
+            "tiled logits": tiles(lambda s, p: torch.mm(w[s], h.t(), out=tile[:p])),
+            "tiled dh": tiles(lambda s, p: torch.mm(tile[:p].t(), w[s], out=part)),
+            "tiled dw": tiles(lambda s, p: torch.mm(tile[:p], h, out=dw[s])),
+        }
+    return calls
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def _high_water() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _trim() -> None:
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except OSError:
+        pass
+
+
+def _sampled(call: Callable[[], object]) -> int:
+    """Peak resident size during the call, by a thread that looks every millisecond."""
+    peak, done = [_resident()], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], _resident())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        call()
+    finally:
+        done.set()
+        thread.join()
+    return peak[0]
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> dict:
+    """Peak memory of one call over what was held before it. Run it in a process of its own on
+    CPU, after a warm-up.
+    """
+    _trim()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return {"peak": torch.cuda.max_memory_allocated() - before, "method": "allocator"}
+    before = _resident()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        call()
+        return {"peak": max(0, _high_water() - before), "method": "rss"}
+    except OSError:
+        return {"peak": max(0, _sampled(call) - before), "method": "rss, sampled every ms"}

@@ -1,0 +1,200 @@
+"""The benchmark harness itself, at toy size: its gate, its file, its survival of failures, its
+report.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import memory, plots, report, run, session, targets, truth  # noqa: E402
+from benchmarks.cases import Spec, build, specs_of  # noqa: E402
+from benchmarks.measure import Settings  # noqa: E402
+from benchmarks.peers import (  # noqa: E402
+    IMPLEMENTATIONS,
+    Implementation,
+    Unavailable,
+    gradients,
+    materialized,
+)
+
+TINY = Spec("calibrated", pairs=2, length=16, width=32, vocab=96)
+SOUND = ("materialized", "auto", "recompute")
+
+
+def _wrong_gradient(p, beta):
+    loss = materialized(p, beta)
+    return loss + 0.05 * (p.weight.square().sum() - p.weight.detach().square().sum())
+
+
+def _broken(p, beta):
+    raise RuntimeError("planted failure")
+
+
+def _absent(p, beta):
+    raise Unavailable("not on this device")
+
+
+PLANTED = {
+    "wrong_loss": Implementation("wrong loss", lambda p, beta: 1.05 * materialized(p, beta)),
+    "wrong_gradient": Implementation("wrong gradient", _wrong_gradient),
+    "nan": Implementation("NaN", lambda p, beta: materialized(p, beta) * float("nan")),
+    "broken": Implementation("broken", _broken),
+    "absent": Implementation("absent", _absent),
+}
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    """A results file of two sizes and a frozen head, with sound and planted implementations."""
+    path = tmp_path_factory.mktemp("results") / "cpu-tiny-table.json"
+    sizes = [TINY, replace(TINY, frozen=True), replace(TINY, length=32)]
+    chosen = {name: IMPLEMENTATIONS[name] for name in SOUND} | PLANTED
+    found = run.run_case("table", sizes, chosen, Settings(rounds=3, memory=False), path)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(found))
+    return found | {"file": path.name, "path": path}
+
+
+def test_file_states_where_figures_come_from(document):
+    assert document["schema"] == run.SCHEMA and document["case"] == "table"
+    assert document["device"]["kind"] == "cpu" and document["device"]["name"]
+    assert document["versions"]["torch"] == torch.__version__
+    assert len(document["source_sha256"]) == 16 and document["threads"] >= 1
+
+
+def test_sound_implementations_are_timed_with_their_errors(document):
+    full, frozen, _ = document["runs"]
+    assert full["flop_per_unit"] == 2 * full["tokens"] * 96 * 32
+    assert full["tokens"] == 48 and full["rows"] == 64
+    for entry in (full["results"][name] for name in SOUND):
+        assert entry["status"] == "ok" and entry["errors"]["dw"] < 1e-4
+        seconds = entry["seconds"]
+        assert seconds["rounds"] == 3 == len(seconds["samples"])
+        assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
+    assert frozen["results"]["auto"]["errors"]["dw"] is None
+    for kind in ("whole", "tiled"):
+        assert list(full["matmuls"][kind]["parts"]) == ["logits", "dh", "dw"]
+        assert list(frozen["matmuls"][kind]["parts"]) == ["logits", "dh"]
+
+
+@pytest.mark.parametrize("name", ["wrong_loss", "wrong_gradient", "nan"])
+def test_wrong_results_are_caught_and_never_timed(document, name):
+    entry = document["runs"][0]["results"][name]
+    assert entry["status"] == "wrong" and "relative error" in entry["reason"]
+    assert "seconds" not in entry
+
+
+def test_failures_are_recorded_with_their_reason(document):
+    results = document["runs"][0]["results"]
+    assert results["broken"]["status"] == "failed"
+    assert "planted failure" in results["broken"]["reason"]
+    assert results["absent"]["status"] == "unavailable"
+    assert results["absent"]["reason"] == "not on this device"
+
+
+def test_sampled_truth_is_the_complete_one():
+    problem = build(TINY)
+    whole, some = truth.Truth(problem), truth.Truth(problem, sample=8)
+    loss, dh, dw = whole.solve("cached", 0.1)
+    loss_some, dh_some, dw_some = some.solve("cached", 0.1)
+    torch.testing.assert_close(loss_some, loss)
+    torch.testing.assert_close(dh_some, dh[some.rows])
+    torch.testing.assert_close(dw_some, dw[some.entries])
+    hidden, weight = problem.hidden.double(), problem.weight.double()
+    exact = problem._replace(hidden=hidden, weight=weight)
+    errors = whole.errors(IMPLEMENTATIONS["materialized"], *gradients(
+        IMPLEMENTATIONS["materialized"], exact, frozen=False
+    ))  # fmt: skip
+    assert max(errors.values()) < 1e-6
+
+
+def test_reference_kinds_of_the_loss():
+    problem = build(TINY)
+    found = truth.Truth(problem)
+    own = found.solve("own", 0.1)[0]
+    sums = found.logps.view(problem.labels.shape).sum(1)
+    sft = -0.1 * 0.005 * sums[:2].mean()
+    torch.testing.assert_close(own, sft + torch.tensor(2.0, dtype=torch.float64).log())
+
+
+def test_command_line_smoke(tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        words = ["gpu", "--smoke", "--no_memory", "--only", "auto", "auto_skip"]
+        path = run.main([*words, "--output_dir", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(path.read_text())
+    assert found["smoke"] and len(found["runs"]) == len(specs_of("gpu", ["bfloat16"], "cpu", True))
+    assert not path.with_suffix(".doing").exists()
+    assert report.load(tmp_path) == {} and len(report.load(tmp_path, smoke=True)) == 1
+
+
+def test_memory_of_a_fresh_process_sees_the_logits():
+    spec = Spec("calibrated", pairs=2, length=256, width=32, vocab=16384)
+    found = memory.in_subprocess(spec, "materialized", 1)
+    logits = 4 * 256 * 16384 * 4
+    assert found["beyond"] > logits, found
+
+
+def test_memory_failure_is_reported():
+    assert "error" in memory.in_subprocess(TINY, "materialized", 1, limit_s=0.01)
+
+
+def test_session_survives_a_dying_child(tmp_path):
+    """A child that dies while running a peer is replaced; the peer is left out and the file says
+    so.
+    """
+    path = tmp_path / "gpu.json"
+    program = f"""
+import json, pathlib, os
+path = pathlib.Path({str(path)!r})
+if path.exists() and json.loads(path.read_text())["banned"]:
+    raise SystemExit(0)
+path.with_suffix(".doing").write_text(json.dumps({{"run": 0, "doing": "trl"}}))
+os._exit(3)
+"""
+    assert session.drive([sys.executable, "-c", program], path, "cpu", budget_s=60)
+    assert "status 3" in json.loads(path.read_text())["banned"]["0"]["trl"]
+
+
+def test_session_ends_when_the_culprit_is_unknown(tmp_path):
+    program = "raise SystemExit(1)"
+    assert not session.drive([sys.executable, "-c", program], tmp_path / "x.json", "cpu", 60)
+
+
+def test_report_says_what_the_file_says(document, tmp_path, capsys):
+    folder = document["path"].parent
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    words = ["--results", str(folder), "--readme", str(readme)]
+    assert report.main([*words, "--check"]) == 1
+    assert report.main(words) == 0 and "old" in readme.read_text()  # only --write writes
+    assert report.main([*words, "--write"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert report.main([*words, "--check"]) == 0
+    full = document["runs"][0]
+    assert report.number(report.median(full, "auto")) in text
+    assert (document["commit"] or "unknown")[:10] in text and document["file"] in text
+    assert "wrong gradient: wrong" in text and "absent: unavailable (not on this device)" in text
+    readme.write_text("no markers\n")
+    assert report.main([*words, "--write"]) == 1 and readme.read_text() == "no markers\n"
+    with pytest.raises(SystemExit):
+        report.main([*words, "--write", "--smoke"])
+    capsys.readouterr()
+    targets.compare(report.load(folder))
+    assert "float32 full auto / materialized" in capsys.readouterr().out
+
+
+def test_plot_of_two_sizes(document, tmp_path):
+    assert plots.draw(document | {"case": "gpu"}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

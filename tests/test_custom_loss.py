@@ -1,0 +1,203 @@
+"""`fused_preference_loss`: a loss of one's own runs on both engines and under the compiler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import (
+    IGNORE,
+    Problem,
+    assert_close_bits,
+    assert_same_within_rounding,
+    differentiate,
+    double,
+    exact_logprobs,
+    one_thread,
+    pack,
+    pairs,
+    poisoned_memory,
+    workspace_for,
+)
+
+from rpo_kernels import fused_preference_loss, fused_rpo_loss
+
+STRATEGIES = ("recompute", "stream")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    with poisoned_memory(), one_thread():
+        yield
+
+
+def rpo(ref_logps, beta=0.1, weight=0.02):
+    """The default loss of `fused_rpo_loss` as a user would write it."""
+
+    def losses(logps, counts, index):
+        ratios = logps - ref_logps.view(2, -1)[:, index]
+        return -F.logsigmoid(beta * (ratios[0] - ratios[1])) - weight * logps[0]
+
+    return losses
+
+
+def mine(loss_fn, **options):
+    """A function of a problem that returns the loss."""
+    return lambda p: fused_preference_loss(
+        p.hidden, p.weight, p.labels, loss_fn, bias=p.bias, **options
+    )[0]
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1000, 50, 9], ids=["whole", "grouped", "split"])
+def test_a_users_rpo_is_fused_rpo_loss(rows, dtype, strategy):
+    """Same engine, same loss: the two public functions agree to the rounding of a pair's sums."""
+    problem = pairs(1, count=4, dtype=dtype, bias=True)
+    run = {"strategy": strategy, "max_workspace_mb": workspace_for(rows, problem)}
+    found = differentiate(mine(rpo(problem.ref_logps), **run), problem)
+
+    def theirs(p: Problem):
+        return fused_rpo_loss(
+            p.hidden, p.weight, p.labels, p.ref_logps, bias=p.bias, eta=0.2, **run
+        ).loss
+
+    assert_same_within_rounding(found, differentiate(theirs, problem))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_against_the_truth_in_float64(strategy):
+    problem = pairs(2, count=4, dtype=torch.float64, bias=True)
+    function = rpo(problem.ref_logps)
+
+    def truth(p: Problem):
+        sums = exact_logprobs(p).sum(1).view(2, -1)
+        counts = (p.labels != IGNORE).sum(1).view(2, -1)
+        return function(sums, counts, torch.arange(4)).mean()
+
+    run = {"strategy": strategy, "max_workspace_mb": workspace_for(9, problem)}
+    found = differentiate(mine(function, **run), problem)
+    assert_same_within_rounding(found, differentiate(truth, double(problem)), rounds=64)
+
+
+@pytest.mark.parametrize("rows", [1000, 50, 9], ids=["whole", "grouped", "split"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_the_function_is_given(strategy, rows):
+    """Summed log-probs, counts, and which pairs they are: every pair exactly once, in order."""
+    problem = pairs(3, count=4, dtype=torch.float64)
+    sums = exact_logprobs(problem).sum(1).view(2, -1)
+    counts = (problem.labels != IGNORE).sum(1).view(2, -1)
+    seen = []
+
+    def spy(logps, tokens, index):
+        assert logps.shape == tokens.shape == (2, len(index)) and index.dtype == torch.int64
+        assert logps.dtype == tokens.dtype == torch.float64
+        torch.testing.assert_close(logps.detach(), sums[:, index])
+        assert torch.equal(tokens, counts[:, index].double())
+        seen.extend(index.tolist())
+        return -logps[0] / tokens[0]
+
+    run = {"strategy": strategy, "max_workspace_mb": workspace_for(rows, problem)}
+    leaf = problem.hidden.clone().requires_grad_()
+    loss, logps = fused_preference_loss(leaf, problem.weight, problem.labels, spy, **run)
+    assert seen == [0, 1, 2, 3]
+    torch.testing.assert_close(logps, sums)
+    assert logps.shape == (2, 4) and not logps.requires_grad
+    assert loss.shape == () and loss.requires_grad
+    torch.testing.assert_close(loss.detach(), (-sums[0] / counts[0]).mean())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_num_pairs_layouts_and_upstream(strategy):
+    problem = pairs(4, count=3, dtype=torch.float64)
+    packed, ends = pack(problem)
+    function, run = rpo(problem.ref_logps), {"strategy": strategy}
+    whole = differentiate(mine(function, **run), problem)
+    third = differentiate(lambda p: 3 * mine(function, num_pairs=9, **run)(p), problem)
+    assert_same_within_rounding(third, whole, rounds=16)
+    flat = differentiate(mine(function, cu_seqlens=ends, **run), packed)
+    assert torch.equal(flat["out"], whole["out"]) and torch.equal(flat["weight"], whole["weight"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_loss_of_chosen_responses_alone(strategy):
+    """A function that ignores one input gives zero gradient there, not an error."""
+    problem = pairs(5)
+    found = differentiate(mine(lambda logps, *_: -logps[0], strategy=strategy), problem)
+    assert (found["hidden"][3:] == 0).all() and (found["hidden"][:3] != 0).any()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_pairs(strategy):
+    problem = pairs(6)
+    empty = problem._replace(hidden=problem.hidden[:0], labels=problem.labels[:0])
+    found = differentiate(mine(lambda logps, *_: -logps[0], strategy=strategy), empty)
+    assert all((tensor == 0).all() for tensor in found.values())
+    assert found["weight"].shape == problem.weight.shape
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("function", "got"),
+    [
+        (lambda logps, *_: logps, r"\[2, 3\]"),
+        (lambda logps, *_: logps.sum(), r"\[\]"),
+        (lambda *_: 1.0, "float"),
+        (lambda *_: None, "NoneType"),
+    ],
+    ids=["per sequence", "summed", "number", "nothing"],
+)
+def test_a_wrong_shape_is_named(function, got, strategy):
+    problem = pairs(7)
+    with pytest.raises(ValueError, match=rf"loss_fn: expected a tensor of shape \(3,\).*{got}"):
+        mine(function, strategy=strategy)(
+            problem._replace(hidden=problem.hidden.clone().requires_grad_())
+        )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_second_derivatives_raise(strategy):
+    problem = pairs(8)
+    hidden = problem.hidden.clone().requires_grad_()
+    weight = problem.weight.clone().requires_grad_()
+    loss = mine(rpo(problem.ref_logps), strategy=strategy)(
+        problem._replace(hidden=hidden, weight=weight)
+    )
+    with pytest.raises(RuntimeError, match="second derivatives|differentiate twice"):
+        (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        (grad.square().sum() + weight.sum()).backward()  # a penalty beside another term
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_backward_twice_gives_the_same_gradients(strategy):
+    problem = pairs(9)
+    hidden = problem.hidden.clone().requires_grad_()
+    loss = mine(rpo(problem.ref_logps), strategy=strategy)(problem._replace(hidden=hidden))
+    (once,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    kept = once.clone()
+    once.zero_()
+    (twice,) = torch.autograd.grad(loss, hidden)
+    assert torch.equal(kept, twice)
+
+
+def test_compiled_it_recomputes_and_equals_eager():
+    """A Python function cannot be an operator's argument: "auto" recomputes, fullgraph."""
+    problem = pairs(10)
+    function = rpo(problem.ref_logps)
+    torch.compiler.reset()
+    compiled = torch.compile(mine(function), fullgraph=True, backend="aot_eager")
+    eager = differentiate(mine(function, strategy="recompute"), problem)
+    assert_same_within_rounding(differentiate(compiled, problem), eager)
+
+
+def test_compiled_an_explicit_stream_raises():
+    """Fullgraph, the compiler wraps the ValueError; else it breaks the graph and streams."""
+    problem = pairs(11)
+    stream = mine(rpo(problem.ref_logps), strategy="stream")
+    torch.compiler.reset()
+    whole = torch.compile(stream, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="expected 'recompute' or 'auto' under torch.compile"):
+        whole(problem._replace(hidden=problem.hidden.clone().requires_grad_()))
+    torch.compiler.reset()
+    broken = torch.compile(stream, backend="aot_eager")
+    assert_close_bits(differentiate(broken, problem), differentiate(stream, problem))
