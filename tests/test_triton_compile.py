@@ -17,6 +17,7 @@ from rpo_kernels.losses import LOSSES
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 FAMILIES = sorted(tiles.SHARED_LIMIT)
 DOTS = ("lse_partials", "exp_fused")
+KEPT = ("kept_rows", "kept_weight")
 
 
 @cache
@@ -40,8 +41,15 @@ def problems(result: dict, family: str) -> set[str]:
         found.add("shared")
     if result["spilled"]:
         found.add("spilled")
-    if result["kernel"] in DOTS and result["case"].startswith("bf16") and not result["matrix"]:
+    half = result["case"].startswith("bf16")
+    if result["kernel"] in DOTS + KEPT and half and not result["matrix"]:
         found.add("matrix")
+    if result["kernel"] in KEPT and result["case"] == "bf16":
+        tile = tiles.KEPT[family, "half"][KEPT.index(result["kernel"])]
+        stage = 2 * tile.block_n * tile.block_v
+        stage += 2 * tile.block_d * (tile.block_v, tile.block_n)[KEPT.index(result["kernel"])]
+        if result["shared"] < (tile.num_stages - 1) * stage:
+            found.add("not prefetched")  # a gathered operand is loaded when it is needed
     return found
 
 
@@ -49,7 +57,7 @@ def problems(result: dict, family: str) -> set[str]:
 def test_every_kernel_fits_spills_nothing_and_uses_matrix_units(family):
     results = compiled(family)
     kinds = {(r["kernel"], r["case"].split()[0]) for r in results}
-    assert {(k, c) for k in (*DOTS, "exp_epilogue") for c in ("bf16", "fp32")} <= kinds
+    assert {(k, c) for k in (*DOTS, *KEPT, "exp_epilogue") for c in ("bf16", "fp32")} <= kinds
     assert {"lse_merge", "rpo_tail"} <= {r["kernel"] for r in results}
     bad = [(r, problems(r, family)) for r in results if problems(r, family)]
     assert not bad
@@ -75,9 +83,13 @@ def test_the_checks_can_fail():
     assert problems({**exact, "case": "bf16"}, "sm_90") == {"matrix"}
     (half,) = (r for r in compiled("sm_90") if r["kernel"] == "exp_fused" and r["case"] == "bf16")
     assert "shared" in problems(half, "gfx942")
+    (rows,) = (r for r in compiled("sm_90") if r["kernel"] == "kept_rows" and r["case"] == "bf16")
+    assert problems({**rows, "shared": 65536}, "sm_90") == {"not prefetched"}
 
 
 def test_families_cover_every_configuration():
+    assert tiles.KEPT.keys() == tiles.CONFIGS.keys()
+    assert 0 < tiles.SPAN <= 16
     assert {family for family, _ in tiles.CONFIGS} == {*FAMILIES, "interpreter"}
     assert {kind for _, kind in tiles.CONFIGS} == {"half", "single"}
     known = {

@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+# Threads that wait must not spin: on shared cores they would take the time of those at work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 if not __package__:  # run as a script: import from the repository, not from this folder
     folder = Path(__file__).resolve().parent
     sys.path[:] = [str(folder.parent), *(p for p in sys.path if Path(p or ".").resolve() != folder)]

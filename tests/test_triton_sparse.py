@@ -1,0 +1,224 @@
+"""The kept products under Triton's interpreter, against float64, and through the loss.
+
+Key: n rows, g row blocks, D hidden size, V vocabulary.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from support import accumulator, pairs, relative_error
+
+from rpo_kernels import fused_rpo_loss
+from rpo_kernels.backends import tiles, torch_backend, triton_sparse
+from rpo_kernels.backends import triton_backend as backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+N, V, D, SIZE = 300, 517, 104, 64
+TILE = tiles.Tile(32, 32, 64, 4, 1)
+
+
+def make(n=N, vocab=V, width=D, dtype=torch.float32, size=SIZE, share=0.2, seed=0):
+    """A panel of positive entries, and for each block of rows the entries it keeps."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=g).to(DEVICE, dtype)  # noqa: E731
+    panel = torch.rand(vocab, n, generator=g).to(DEVICE, dtype)
+    keep = (torch.rand(-(-n // size), vocab, generator=g) < share).to(DEVICE)
+    return panel, keep, rand(vocab, width), rand(n, width), rand(n).float()
+
+
+def run(panel, keep, weight, scaled, coef, size=SIZE, scale=1.0, how=backend):
+    """``d_rows`` from NaN, ``d_weight`` and ``d_bias`` from ones."""
+    (vocab, width), acc = weight.shape, accumulator(panel.dtype)
+    d_rows = torch.full((panel.shape[1], width), math.nan, dtype=acc, device=DEVICE)
+    d_weight = torch.ones(vocab, width, dtype=acc, device=DEVICE)
+    d_bias = torch.ones(vocab, dtype=acc, device=DEVICE)
+    how.kept_products(panel, size, keep, weight, scaled, coef, d_rows, d_weight, d_bias, scale)
+    return d_rows, d_weight, d_bias
+
+
+def computed(keep, block_v=TILE.block_v):
+    """What the tiles of `triton_sparse.plan` cover: at least `keep`, (g, V) bool."""
+    covered = torch.zeros_like(keep)
+    for first in range(0, keep.shape[0], tiles.SPAN):
+        order, walks, counts = triton_sparse.plan(keep[first : first + tiles.SPAN], block_v)
+        for tile, (walk, count) in enumerate(zip(walks.tolist(), counts.tolist(), strict=True)):
+            blocks = [first + (walk >> 4 * k & 15) for k in range(count)]
+            assert blocks == sorted(set(blocks))
+            entries = order[tile * block_v : (tile + 1) * block_v].long()
+            covered[torch.tensor(blocks, dtype=torch.long)[:, None], entries] = True
+    return covered
+
+
+def truth(panel, keep, weight, scaled, coef, covered, size=SIZE, scale=1.0):
+    panel, weight, scaled = panel.double(), weight.to(panel.dtype).double(), scaled.double()
+    rows = keep.repeat_interleave(size, 0)[: panel.shape[1]].t()
+    more = covered.repeat_interleave(size, 0)[: panel.shape[1]].t()
+    return (
+        (panel * rows).t() @ weight,
+        1 + scale * (panel * more) @ scaled,
+        1 + scale * (panel * rows) @ coef.double(),
+    )
+
+
+def assert_close(found, want, dtype):
+    """Operands are exact, sums are float32; the bias' product is rounded to `dtype`."""
+    for one, two, bound in zip(found, want, (1e-6, 1e-6, torch.finfo(dtype).eps), strict=True):
+        assert relative_error(one, two) < max(bound, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n, vocab, width", [(N, V, D), (64, 64, 64), (7, 3, 5), (128, 200, 576)])
+def test_products(dtype, n, vocab, width):
+    inputs = make(n, vocab, width, dtype)
+    covered = computed(inputs[1])
+    assert (covered | ~inputs[1]).all()
+    found = run(*inputs, scale=0.5)
+    assert_close(found, truth(*inputs, covered, scale=0.5), dtype)
+    assert all(torch.equal(a, b) for a, b in zip(found, run(*inputs, scale=0.5), strict=True))
+
+
+def test_more_blocks_than_one_pass_takes():
+    inputs = make(size=32, share=0.05)
+    assert inputs[1].shape[0] > tiles.SPAN
+    found = run(*inputs, size=32)
+    assert_close(found, truth(*inputs, computed(inputs[1]), size=32), torch.float32)
+
+
+def test_sixteen_blocks_in_one_pass(monkeypatch):
+    monkeypatch.setattr(tiles, "SPAN", 16)
+    inputs = make(n=500, size=32, share=0.1)
+    assert inputs[1].shape[0] == 16
+    found = run(*inputs, size=32)
+    assert_close(found, truth(*inputs, computed(inputs[1]), size=32), torch.float32)
+
+
+def test_split_lists(monkeypatch):
+    """With more multiprocessors than tiles every list is cut; some parts are empty."""
+    monkeypatch.setattr(tiles, "of_device", lambda device: ("interpreter", 999))
+    inputs = make(n=70, width=40)
+    inputs[1][1, 20:] = False
+    assert_close(run(*inputs), truth(*inputs, computed(inputs[1])), torch.float32)
+
+
+def test_nothing_kept():
+    panel, keep, *rest = make()
+    keep[2] = False
+    d_rows, *_ = run(panel, keep, *rest)
+    assert (d_rows[2 * SIZE : 3 * SIZE] == 0).all() and d_rows.isfinite().all()
+    keep[:] = False
+    d_rows, d_weight, d_bias = run(panel, keep, *rest)
+    assert (d_rows == 0).all() and (d_weight == 1).all() and (d_bias == 1).all()
+    empty = panel[:, :0], keep[:0], rest[0], rest[1][:0], rest[2][:0]
+    d_rows, d_weight, d_bias = run(*empty)
+    assert d_rows.shape == (0, D) and (d_weight == 1).all() and (d_bias == 1).all()
+
+
+def test_everything_kept_is_the_dense_product():
+    panel, keep, weight, scaled, coef = make()
+    keep[:] = True
+    d_rows, d_weight, d_bias = run(panel, keep, weight, scaled, coef)
+    exact = [x.double() for x in (panel, weight, scaled, coef)]
+    want = exact[0].t() @ exact[1], 1 + exact[0] @ exact[2], 1 + exact[0] @ exact[3]
+    assert_close((d_rows, d_weight, d_bias), want, torch.float32)
+
+
+@pytest.mark.parametrize("padding", [4, 20], ids=["aligned", "ragged"])
+def test_nothing_else_is_read(padding):
+    """NaN beyond the rows, in rows of W that nobody keeps, and in tiles that are skipped."""
+    panel, keep, weight, scaled, coef = make(n=300)
+    keep[:, 7], keep[1] = False, False
+    buffer = torch.full((V + 1, 300 + padding), math.nan, device=DEVICE)
+    buffer[:V, :300] = panel
+    covered = computed(keep)
+    want = truth(panel, keep, weight, scaled, coef, covered)
+    skipped = ~covered.repeat_interleave(SIZE, 0)[:300].t()
+    assert skipped.any()
+    buffer[:V, :300][skipped] = math.nan
+    weight[7] = math.nan
+    found = run(buffer[:V, :300], keep, weight, scaled, coef)
+    for one, two in zip(found[:2], want[:2], strict=True):
+        assert relative_error(one, two) < 1e-6
+
+
+def test_weight_is_cast_in_the_kernel():
+    """Under autocast the weight is float32, the panel half precision."""
+    panel, keep, weight, scaled, coef = make(dtype=torch.bfloat16)
+    wide = weight.float() * (1 + 2**-12)  # rounds back; the interpreter truncates
+    found = run(panel, keep, wide, scaled, coef)
+    want = truth(panel, keep, wide, scaled, coef, computed(keep))
+    assert relative_error(found[0], want[0]) < 1e-6
+    assert torch.equal(found[0], run(panel, keep, wide.bfloat16(), scaled, coef)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_torch_backend(dtype):
+    """The same products; on a CPU, half-precision ones are rounded part by part."""
+    inputs = make(dtype=dtype, vocab=5000, share=0.6)
+    found = run(*inputs, scale=0.5, how=torch_backend)
+    for one, two in zip(found, truth(*inputs, inputs[1], scale=0.5), strict=True):
+        assert relative_error(one, two) < max(2 * torch.finfo(dtype).eps, 1e-6)
+
+
+def test_entries_of_the_same_blocks_share_tiles():
+    keep = torch.zeros(8, 4096, dtype=torch.bool)
+    bits = torch.randint(256, (4096,), generator=torch.Generator().manual_seed(0))
+    keep[:] = (bits[None] >> torch.arange(8)[:, None] & 1).bool()
+    few = keep[:, bits.bitwise_and(0b10110010) == bits]  # 16 patterns
+    assert computed(few, 8).sum() < 1.2 * few.sum()
+    assert sorted(triton_sparse.plan(keep, 128)[0].tolist()) == list(range(4096))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_loss_with_tolerance(bias):
+    """Both backends leave out at most what the certificate says, and agree within that."""
+    tolerance = 0.02
+    problem = pairs(3, 3, 101, 40, 701, bias=bias, spread=4.0)
+    results = {}
+    for name, share in (("exact", 0.0), ("torch", tolerance), ("triton", tolerance)):
+        leaves = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight)]
+        leaves += [problem.bias.clone().requires_grad_()] if bias else []
+        out = fused_rpo_loss(
+            *leaves[:2],
+            problem.labels,
+            problem.ref_logps,
+            bias=leaves[2] if bias else None,
+            grad_tolerance=share,
+            strategy="stream",
+            backend="torch" if name == "exact" else name,
+        )
+        out.loss.backward()
+        results[name] = out, [x.grad for x in leaves]
+    exact, dense, sparse = results["exact"], results["torch"], results["triton"]
+    assert relative_error(sparse[0].loss, exact[0].loss) < 1e-5
+    assert 0 < sparse[0].skipped <= tolerance
+    assert sparse[0].skipped == pytest.approx(dense[0].skipped.item(), rel=1e-2)
+    for one, two, whole in zip(sparse[1], dense[1], exact[1], strict=True):
+        assert relative_error(two, whole) > 1e-5
+        assert relative_error(one, whole) < 1.01 * relative_error(two, whole)
+    assert relative_error(sparse[1][0], dense[1][0]) < 1e-5
+
+
+def test_autotune_writes_timings_and_winners(tmp_path, monkeypatch):
+    """The tool that fills `tiles.py`, at toy size; it puts the tiles back."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+    from benchmarks import autotune
+
+    before = dict(tiles.CONFIGS), tiles.SPAN
+    found = json.loads(autotune.main(["--smoke", "--output_dir", str(tmp_path)]).read_text())
+    assert (dict(tiles.CONFIGS), tiles.SPAN) == before
+    assert not [entry for entry in found["timings"] if "error" in entry]
+    assert {"lse_partials", "exp_fused", "kept_rows", "kept_weight"} <= found["winners"][
+        "best"
+    ].keys()
+    assert len(found["winners"]["tiles.py"]) == 3
+    broken = autotune.measure(
+        autotune.Trial("no", None, None, lambda: None, lambda case: 1 / 0), None, None, "cpu", 1
+    )
+    assert "ZeroDivisionError" in broken["error"]
