@@ -32,6 +32,7 @@ from rpo_kernels.spec import Head, accumulator_dtype
 
 PROBE = 512  # vocabulary entries that the guess of the largest logit looks at
 MAX_SUM = 2.0**86
+ALIGN = 16  # rows, so that GPUs load 16 bytes at a time
 
 
 class Panel(NamedTuple):
@@ -53,7 +54,13 @@ class Panel(NamedTuple):
 def capacity(vocab: int, width: int, itemsize: int, max_bytes: int) -> int:
     """Rows of a panel that fits `max_bytes` together with its operands; may be 0."""
     slack = min(max_bytes // 4, 2**24)  # cache tiles of the backend
-    return (max_bytes - slack) // (vocab * itemsize + width * (2 * itemsize + 16) + 64)
+    rows = (max_bytes - slack) // (vocab * itemsize + width * (2 * itemsize + 16) + 64)
+    return rows // ALIGN * ALIGN if rows > ALIGN else rows
+
+
+def stride(n: int, device: torch.device) -> int:
+    """Elements from one vocabulary entry of a panel of n rows to the next: aligned on GPUs."""
+    return n if device.type == "cpu" else -(-n // ALIGN) * ALIGN
 
 
 def fill(
@@ -65,12 +72,11 @@ def fill(
     exact: bool,
     buffer: Tensor,
 ) -> Panel:
-    """Fill a panel for `rows` (n of them) of `hidden` (M, D) in `buffer` (>= V n,): 1U, or 2U if
-    `exact`.
-    """
+    """Fill a panel for n `rows` of `hidden` (M, D), in `buffer` (V stride(n),): 1U, exact 2U."""
     n, vocab = rows.targets.shape[0], head.weight.shape[0]
     h = rows.take(hidden, 0, n).to(head.dtype)
-    values = buffer[: vocab * n].view(vocab, n)
+    step = stride(n, hidden.device)
+    values = buffer[: vocab * step].view(vocab, step)[:, :n]
     none = torch.full_like(rows.targets, -1)
     shift = h.new_full((n,), -torch.inf, dtype=accumulator_dtype(head.dtype))
     for _, weight, bias in head.panels() if exact else [next(head.panels(PROBE))]:

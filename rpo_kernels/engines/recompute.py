@@ -32,7 +32,7 @@ from torch import Tensor
 
 from rpo_kernels.engines import skipping
 from rpo_kernels.engines.matmul import matmul_into, put_targets_
-from rpo_kernels.engines.panel import MAX_SUM, capacity, fill
+from rpo_kernels.engines.panel import MAX_SUM, capacity, fill, stride
 from rpo_kernels.rows import Rows
 from rpo_kernels.spec import Head, accumulator_dtype
 
@@ -88,7 +88,7 @@ def forward_skipping(
     keep = torch.empty(len(blocks), vocab, dtype=torch.bool, device=hidden.device)
     mass = lse.new_empty(2, len(blocks))
     size = min(room, total)
-    buffer = hidden.new_empty(vocab * size, dtype=head.dtype)
+    buffer = hidden.new_empty(vocab * stride(size, hidden.device), dtype=head.dtype)
     first = 0
     while first < len(blocks):
         start, last = blocks[first][0], first + 1

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from rpo_kernels.engines import skipping
 from rpo_kernels.engines.matmul import matmul_into
-from rpo_kernels.engines.panel import MAX_SUM, Panel, capacity, fill
+from rpo_kernels.engines.panel import MAX_SUM, Panel, capacity, fill, stride
 from rpo_kernels.rows import Rows
 from rpo_kernels.spec import Head, accumulator_dtype
 
@@ -130,7 +130,8 @@ class Sweep:
         self.max_bytes, self.needs, self.tolerance, self.exact = max_bytes, needs, tolerance, exact
         longest = max((sum(stop - start for start, stop in chunk) for chunk in chunks), default=0)
         self.acc = accumulator_dtype(head.dtype)
-        self.buffer = hidden.new_empty(head.weight.shape[0] * longest, dtype=head.dtype)
+        size = head.weight.shape[0] * stride(longest, hidden.device)
+        self.buffer = hidden.new_empty(size, dtype=head.dtype)
         self.d_hidden = torch.zeros_like(hidden) if needs[0] else None
         self.totals = self.new_sums(single=len(chunks) == 1 and not tolerance)
         self.worst = hidden.new_zeros((), dtype=self.acc)
