@@ -117,9 +117,7 @@ def test_a_tiny_workspace_changes_rounding_only(dtype, workspace):
         problem = tokens(3, (19,), 64, 601, dtype, bias=True)
     found, plain, truth = three_ways(problem, {"max_workspace_mb": workspace}, logit_softcap=20.0)
     assert_within_plain_budget(found, plain, truth)
-    large = differentiate(
-        call(linear_logprobs, logit_softcap=20.0), problem, upstream_for(problem)
-    )
+    large = differentiate(call(linear_logprobs, logit_softcap=20.0), problem, upstream_for(problem))
     assert_same_within_rounding(found, large)
 
 

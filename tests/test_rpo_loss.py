@@ -346,9 +346,12 @@ def test_loss_amid_a_larger_graph(strategy):
     problem = pairs(13, dtype=torch.float64)
     layer = torch.eye(72, dtype=torch.float64).requires_grad_()
     weight = problem.weight.clone().requires_grad_()
-    total = call(fused_rpo_loss, strategy=strategy)(
-        problem._replace(hidden=problem.hidden @ layer, weight=weight)
-    ) + 2 * (weight**2).sum()
+    total = (
+        call(fused_rpo_loss, strategy=strategy)(
+            problem._replace(hidden=problem.hidden @ layer, weight=weight)
+        )
+        + 2 * (weight**2).sum()
+    )
     total.backward()
     truth = truth_of(problem)
     flat = problem.hidden.flatten(0, 1)
