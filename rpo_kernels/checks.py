@@ -79,9 +79,9 @@ def check_head(
     for name, other in (("weight", weight), ("labels", labels), ("bias", bias)):
         if other is not None and other.device != hidden.device:
             _fail(name, f"hidden's device {hidden.device}", other.device)
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:
         _fail("logit_scale", "a finite number > 0", scale)
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         _fail("logit_softcap", "None or a finite number > 0", softcap)
     if 0 <= ignore_index < weight.shape[0]:
         _fail(
@@ -143,7 +143,7 @@ def check_normalizers(num_pairs: float | None, num_chosen_tokens: float | None) 
                 type(value).__name__,
                 TypeError,
             )
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < math.inf:
             _fail(name, "None or a count > 0", value)
 
 
@@ -161,9 +161,9 @@ def check_loss(
     if sft_reduction not in SFT_REDUCTIONS:
         _fail("sft_reduction", f"one of {', '.join(SFT_REDUCTIONS)}", repr(sft_reduction))
     loss = LOSSES[loss_type]
-    if not (math.isfinite(beta) and beta > 0):
+    if not 0 < beta < math.inf:
         _fail("beta", "a finite number > 0", beta)
-    if not (math.isfinite(eta) and eta >= 0):
+    if not 0 <= eta < math.inf:
         _fail("eta", "a finite number >= 0 (0 is the preference loss alone)", eta)
     if not 0 <= label_smoothing < 0.5:
         _fail("label_smoothing", "a number in [0, 0.5)", label_smoothing)
@@ -186,7 +186,7 @@ def check_loss(
             f"None with loss_type={loss_type!r} (only simpo has a target margin)",
             simpo_gamma,
         )
-    if simpo_gamma is not None and not (math.isfinite(simpo_gamma) and simpo_gamma >= 0):
+    if simpo_gamma is not None and not 0 <= simpo_gamma < math.inf:
         _fail("simpo_gamma", "a finite number >= 0", simpo_gamma)
 
 

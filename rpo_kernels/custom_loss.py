@@ -46,7 +46,7 @@ class CustomLoss(torch.autograd.Function):
             )
             return torch.stack([losses.detach().to(leaf.dtype), *leaf.detach()], dim=1), coef
 
-        head = Head(weight, bias, Transform(scale, softcap), dtype)
+        head = Head(weight, bias, Transform(scale, softcap), dtype, max_bytes // 8)
         with torch.autocast(hidden.device.type, enabled=False):
             pairs, _, *grads = streaming.loss_and_grads(
                 hidden, rows, offsets, head, module, settle, max_bytes, tuple(needs), tolerance

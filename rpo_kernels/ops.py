@@ -95,7 +95,7 @@ def linear_logprobs(
     """
     module = select(backend, hidden)
     rows, offsets = keep_rows(targets, weight.shape[0], ignore_index, validate)
-    head = Head(weight, bias, Transform(scale, softcap), dtype)
+    head = Head(weight, bias, Transform(scale, softcap), dtype, max_bytes // 8)
     logps, lse, keep, _ = _log_probs(hidden, rows, offsets, head, module, max_bytes, tolerance, 1)
     return rows.spread(logps, targets.shape[0]), rows.spread(lse, targets.shape[0]), keep
 
@@ -132,7 +132,7 @@ def linear_logprobs_backward(
     nothing.
     """
     module = select(backend, hidden)
-    head = Head(weight, bias, Transform(scale, softcap), dtype)
+    head = Head(weight, bias, Transform(scale, softcap), dtype, max_bytes // 8)
     wanted = (needs[0], needs[1], needs[2])
     if tolerance:
         rows, offsets = keep_rows(targets, weight.shape[0], ignore_index, False, cu_seqlens)
@@ -241,7 +241,7 @@ def preference_loss(
     rows, offsets = keep_rows(labels, weight.shape[0], ignore_index, validate, cu_seqlens)
     count = len(offsets) // 2
     norms = (float(num_pairs or max(count, 1)), float(num_chosen_tokens or max(offsets[count], 1)))
-    head = Head(weight, bias, Transform(scale, softcap), dtype)
+    head = Head(weight, bias, Transform(scale, softcap), dtype, max_bytes // 8)
 
     def settle(first: int, last: int, logps: Tensor) -> tuple[Tensor, Tensor]:
         chosen = [x - offsets[first] for x in offsets[first : last + 1]]

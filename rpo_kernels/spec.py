@@ -46,20 +46,21 @@ class Head(NamedTuple):
     bias: Tensor | None
     transform: Transform
     dtype: torch.dtype
+    cast_bytes: int = 2**25
 
     def panels(self, size: int | None = None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Yield ``(v0, weight (p, D), bias (p,) or None)`` down the vocabulary, ``p <= size``, cast
         to `dtype`.
 
         ``size=None`` means as few panels as the cast allows: one if there is nothing to cast, else
-        32 MiB of weight each.
+        `cast_bytes` of weight each.
         """
         vocab, width = self.weight.shape
         if size is None:
             size = (
                 vocab
                 if self.weight.dtype == self.dtype
-                else max(1, 2**25 // (width * self.dtype.itemsize))
+                else max(1, self.cast_bytes // (width * self.dtype.itemsize))
             )
         for v0 in range(0, vocab, size):
             bias = None if self.bias is None else self.bias[v0 : v0 + size]

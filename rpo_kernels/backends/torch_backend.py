@@ -25,9 +25,10 @@ GPU_TILE = 2**25  # elements: 128 MiB in fp32
 GATHER = 2048  # entries gathered at a time: both operands stay in a CPU's cache
 
 
-def _tile_rows(device: torch.device, n: int) -> int:
-    rows = (CPU_TILE if device.type == "cpu" else GPU_TILE) // max(n, 1)
-    return max(64, rows // 64 * 64)
+def _tile_rows(device: torch.device, n: int, max_bytes: int) -> int:
+    elements = min(CPU_TILE if device.type == "cpu" else GPU_TILE, max_bytes // 16)
+    rows = elements // max(n, 1)
+    return rows // 64 * 64 if rows >= 64 else max(1, rows)
 
 
 def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -94,7 +95,7 @@ def lse_and_target(
     block = max(1, min(1024 if hidden.device.type == "cpu" else n, max_bytes // (64 * 16)))
     for i in range(0, n, block):
         h, t, picked = hidden[i : i + block], targets[i : i + block], target_logit[i : i + block]
-        step = min(_tile_rows(h.device, h.shape[0]), max(1, max_bytes // (16 * h.shape[0])))
+        step = _tile_rows(h.device, h.shape[0], max_bytes)
         scratch = hidden.new_empty(step, h.shape[0], dtype=dtype) if hidden.dtype == dtype else None
         running_max = hidden.new_full((h.shape[0],), -math.inf, dtype=dtype)
         total = torch.zeros_like(running_max)
@@ -124,6 +125,7 @@ def exp_panel(
     out: Tensor,
     sums: Tensor | None = None,
     target_logit: Tensor | None = None,
+    max_bytes: int = 2**24,
 ) -> None:
     """Fill a panel with ``exp(z - shift) * dz/dx``; with ``shift = lse`` these are softmax
     probabilities times the slope.
@@ -137,9 +139,10 @@ def exp_panel(
         out: (p, n), written, in the dtype of `hidden` or float32.
         sums: (n,), ``exp(z - shift)`` summed over the panel is added to it.
         target_logit: (n,), set to ``z`` of the target where the target lies in the panel.
+        max_bytes: bound on temporaries.
     """
     n, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
-    step = _tile_rows(hidden.device, n)
+    step = _tile_rows(hidden.device, n, max_bytes)
     low = shift * -LOG2E
     for v in range(0, weight.shape[0], step):
         part = out[v : v + step]

@@ -168,6 +168,7 @@ def exp_panel(
     out: Tensor,
     sums: Tensor | None = None,
     target_logit: Tensor | None = None,
+    max_bytes: int = 2**24,
 ) -> None:
     """Fill a panel with ``exp(z - shift) * dz/dx``: softmax times slope if ``shift = lse``.
 
@@ -181,6 +182,7 @@ def exp_panel(
         out: (p, n), ``stride(1) == 1``, written, in the dtype of `hidden` or float32.
         sums: (n,) float32, ``exp(z - shift)`` summed over the panel is added to it.
         target_logit: (n,) float32, set to ``z`` of the target where the target lies in the panel.
+        max_bytes: not used: the only temporaries are partial sums, 1/64 of a bf16 panel.
     """
     if out.numel() == 0:
         return

@@ -5,23 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROUNDED = 2**17  # elements of a half-precision product on a CPU
+
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, scale: float = 1.0) -> None:
     """``out (+)= scale * a (m, k) @ b (k, n)``; `a` and `b` of one dtype, `out` of that or the
     accumulators' dtype.
 
     Half-precision products are summed in float32 by the matrix units on GPUs. CPUs offer no
-    half-precision matmul with a
-    float32 result: there each product is rounded once to the inputs' dtype before it is added.
+    half-precision matmul with a float32 result: there each product is rounded once to the inputs'
+    dtype before it is added, some rows of `out` at a time.
     """
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=float(accumulate), alpha=scale, out=out)
     elif a.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=float(accumulate), alpha=scale, out=out)
-    elif accumulate:
-        out.add_(torch.mm(a, b), alpha=scale)
     else:
-        torch.mul(torch.mm(a, b), scale, out=out)
+        step = max(1, ROUNDED // out.shape[1])
+        for row in range(0, out.shape[0], step):
+            part = out[row : row + step]
+            product = torch.mm(a[row : row + step], b).to(out.dtype)
+            part.add_(product, alpha=scale) if accumulate else torch.mul(product, scale, out=part)
 
 
 def put_targets_(panel: Tensor, targets: Tensor, v0: int, values: Tensor) -> None:

@@ -53,9 +53,13 @@ class Panel(NamedTuple):
 
 def capacity(vocab: int, width: int, itemsize: int, max_bytes: int) -> int:
     """Rows of a panel that fits `max_bytes` together with its operands; may be 0."""
-    slack = min(max_bytes // 4, 2**24)  # cache tiles of the backend
-    rows = (max_bytes - slack) // (vocab * itemsize + width * (2 * itemsize + 16) + 64)
+    rows = (max_bytes - slack(max_bytes)) // (vocab * itemsize + width * (2 * itemsize + 16) + 64)
     return rows // ALIGN * ALIGN if rows > ALIGN else rows
+
+
+def slack(max_bytes: int) -> int:
+    """The part of the workspace left to the backend's cache tiles."""
+    return min(max_bytes // 4, 2**24)
 
 
 def stride(n: int, device: torch.device) -> int:
@@ -86,8 +90,9 @@ def fill(
     for v0, weight, bias in head.panels():
         part = values[v0 : v0 + weight.shape[0]]
         backend.exp_panel(
-            h, weight, bias, shift, rows.targets, v0, head.transform, part, sums, picked
-        )
+            h, weight, bias, shift, rows.targets, v0, head.transform, part, sums, picked,
+            max_bytes=slack(max_bytes),
+        )  # fmt: skip
     lse = shift + sums.log()
     entry = sums * torch.expm1(picked - lse) * head.transform.slope(picked)
     put_targets_(values, rows.targets, 0, entry)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from rpo_kernels.engines import skipping
 from rpo_kernels.engines.matmul import matmul_into, put_targets_
-from rpo_kernels.engines.panel import MAX_SUM, capacity, fill, stride
+from rpo_kernels.engines.panel import MAX_SUM, capacity, fill, slack, stride
 from rpo_kernels.rows import Rows
 from rpo_kernels.spec import Head, accumulator_dtype
 
@@ -134,7 +134,7 @@ def _shape(
 
     A CPU wants panels that stay in its cache; a GPU wants them as large as the budget allows.
     """
-    acc = max(4, itemsize)
+    acc, max_bytes = max(4, itemsize), max_bytes - slack(max_bytes)
     per_row = width * (2 * itemsize + acc)  # H chunk, g * H chunk, the product for dH
     n = max(1, min(total, 4096 if on_cpu else 65536, max_bytes // 3 // per_row))
     per_entry = n * (itemsize + (0 if on_cpu else acc)) + width * (itemsize + 2 * acc)
@@ -191,7 +191,10 @@ def backward(
             panel = panel_buffer[: weight.shape[0] * (stop - start)].view(
                 weight.shape[0], stop - start
             )
-            backend.exp_panel(h, weight, bias, lse[start:stop], targets, v0, head.transform, panel)
+            backend.exp_panel(
+                h, weight, bias, lse[start:stop], targets, v0, head.transform, panel,
+                max_bytes=slack(max_bytes),
+            )  # fmt: skip
             put_targets_(panel, targets, v0, target_entry[start:stop])
             if d_rows is not None:
                 matmul_into(d_rows[start:stop], panel.t(), weight, accumulate=v0 > 0)
