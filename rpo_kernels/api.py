@@ -358,6 +358,7 @@ def fused_preference_loss(
     checks.check_head(hidden, weight, labels, bias, logit_scale, logit_softcap, ignore_index)
     checks.check_run(backend, max_workspace_mb, grad_tolerance, strategy)
     checks.check_normalizers(num_pairs, None)
+    checks.check_loss_fn(loss_fn)
     rows, flat_labels, cu_seqlens = _sequences(hidden, labels, cu_seqlens)
     pairs = (cu_seqlens.shape[0] - 1) // 2
     norm = float(num_pairs or max(pairs, 1))

@@ -21,6 +21,13 @@ def _fail(name: str, expected: str, got: object, kind: type[Exception] = ValueEr
     raise kind(f"{name}: expected {expected}, got {got}")
 
 
+def _number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _fail(name, expected, repr(value), TypeError)
+    elif not fits(value):
+        _fail(name, expected, value)
+
+
 def check_head(
     hidden: Tensor,
     weight: Tensor,
@@ -72,6 +79,8 @@ def check_head(
             "labels", f"shape {tuple(hidden.shape[:-1])}, hidden's without D", tuple(labels.shape)
         )
     if bias is not None:
+        if not isinstance(bias, Tensor):
+            _fail("bias", "None or a torch.Tensor", type(bias).__name__, TypeError)
         if bias.shape != weight.shape[:1]:
             _fail("bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
         if bias.dtype != weight.dtype:
@@ -79,16 +88,16 @@ def check_head(
     for name, other in (("weight", weight), ("labels", labels), ("bias", bias)):
         if other is not None and other.device != hidden.device:
             _fail(name, f"hidden's device {hidden.device}", other.device)
-    if not 0 < scale < math.inf:
-        _fail("logit_scale", "a finite number > 0", scale)
-    if softcap is not None and not 0 < softcap < math.inf:
-        _fail("logit_softcap", "None or a finite number > 0", softcap)
-    if 0 <= ignore_index < weight.shape[0]:
-        _fail(
-            "ignore_index",
-            f"a value that is no token id (outside [0, {weight.shape[0]}))",
-            ignore_index,
-        )
+    _number("logit_scale", scale, "a finite number > 0", lambda x: 0 < x < math.inf)
+    if softcap is not None:
+        expected = "None or a finite number > 0"
+        _number("logit_softcap", softcap, expected, lambda x: 0 < x < math.inf)
+    vocab = weight.shape[0]
+    expected = f"an int64 value that is no token id (outside [0, {vocab}))"
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        _fail("ignore_index", expected, repr(ignore_index), TypeError)
+    if not -(2**63) <= ignore_index < 2**63 or 0 <= ignore_index < vocab:
+        _fail("ignore_index", expected, ignore_index)
 
 
 def check_run(
@@ -97,12 +106,13 @@ def check_run(
     """Check the arguments that choose how to compute."""
     if strategy not in STRATEGIES:
         _fail("strategy", f"one of {', '.join(STRATEGIES)}", repr(strategy))
-    if not 0 <= grad_tolerance < 1:
-        _fail("grad_tolerance", "a share in [0, 1) (0 is exact)", grad_tolerance)
+    expected = "a share in [0, 1) (0 is exact)"
+    _number("grad_tolerance", grad_tolerance, expected, lambda x: 0 <= x < 1)
     if backend not in BACKENDS:
         _fail("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
-    if max_workspace_mb is not None and not max_workspace_mb > 0:
-        _fail("max_workspace_mb", "None or a number of MiB > 0", max_workspace_mb)
+    if max_workspace_mb is not None:
+        expected = "None or a number of MiB > 0 (below 2^40)"
+        _number("max_workspace_mb", max_workspace_mb, expected, lambda x: 0 < x < 2**40)
 
 
 def check_sequences(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -123,6 +133,8 @@ def check_sequences(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
         return
     if hidden.dim() != 2:
         _fail("hidden", "shape (N, D) when cu_seqlens is given", tuple(hidden.shape))
+    if not isinstance(cu_seqlens, Tensor):
+        _fail("cu_seqlens", "a torch.Tensor", type(cu_seqlens).__name__, TypeError)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         _fail("cu_seqlens", "int32 or int64 offsets", cu_seqlens.dtype, TypeError)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] % 2 == 0:
@@ -156,17 +168,16 @@ def check_loss(
     simpo_gamma: float | None,
 ) -> None:
     """Check the loss and its coefficients, and that the loss defines the combination."""
-    if loss_type not in LOSSES:
+    if not isinstance(loss_type, str) or loss_type not in LOSSES:
         _fail("loss_type", f"one of {', '.join(LOSSES)}", repr(loss_type))
     if sft_reduction not in SFT_REDUCTIONS:
         _fail("sft_reduction", f"one of {', '.join(SFT_REDUCTIONS)}", repr(sft_reduction))
     loss = LOSSES[loss_type]
-    if not 0 < beta < math.inf:
-        _fail("beta", "a finite number > 0", beta)
-    if not 0 <= eta < math.inf:
-        _fail("eta", "a finite number >= 0 (0 is the preference loss alone)", eta)
-    if not 0 <= label_smoothing < 0.5:
-        _fail("label_smoothing", "a number in [0, 0.5)", label_smoothing)
+    _number("beta", beta, "a finite number > 0", lambda x: 0 < x < math.inf)
+    expected = "a finite number >= 0 (0 is the preference loss alone)"
+    _number("eta", eta, expected, lambda x: 0 <= x < math.inf)
+    expected = "a number in [0, 0.5)"
+    _number("label_smoothing", label_smoothing, expected, lambda x: 0 <= x < 0.5)
     if label_smoothing and not loss.smoothing:
         able = ", ".join(name for name, item in LOSSES.items() if item.smoothing)
         _fail(
@@ -186,8 +197,9 @@ def check_loss(
             f"None with loss_type={loss_type!r} (only simpo has a target margin)",
             simpo_gamma,
         )
-    if simpo_gamma is not None and not 0 <= simpo_gamma < math.inf:
-        _fail("simpo_gamma", "a finite number >= 0", simpo_gamma)
+    if simpo_gamma is not None:
+        expected = "a finite number >= 0"
+        _number("simpo_gamma", simpo_gamma, expected, lambda x: 0 <= x < math.inf)
 
 
 def check_reference(
@@ -223,6 +235,12 @@ def check_reference(
             "no gradient (compute it under torch.no_grad() or detach it)",
             "requires_grad=True",
         )
+
+
+def check_loss_fn(loss_fn: object) -> None:
+    """Check that a user's loss is a function."""
+    if not callable(loss_fn):
+        _fail("loss_fn", "a function of (logps, counts, index)", type(loss_fn).__name__, TypeError)
 
 
 def pair_losses(loss_fn: Callable, logps: Tensor, counts: Tensor, index: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from rpo_kernels.backends import select
 from rpo_kernels.engines import recompute, streaming
 from rpo_kernels.engines.skipping import BLOCK
 from rpo_kernels.losses import total_terms
-from rpo_kernels.rows import keep_rows
+from rpo_kernels.rows import check_offsets, keep_rows
 from rpo_kernels.spec import Head, Transform, accumulator_dtype
 
 ONCE = (
@@ -180,6 +180,7 @@ def sequence_sums(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     fixed order.
     """
     offsets = cu_seqlens.long()
+    check_offsets(offsets.tolist(), logps.shape[0])  # beyond them lies foreign memory
     return torch.segment_reduce(logps.double(), "sum", offsets=offsets, initial=0.0).to(logps.dtype)
 
 

@@ -57,6 +57,16 @@ class Rows(NamedTuple):
             yield start, min(start + size, total)
 
 
+def check_offsets(offsets: list[int], rows: int) -> None:
+    """Raise ValueError unless the sequences' offsets rise from 0 to `rows`."""
+    steps = [stop - start for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    if offsets[0] != 0 or offsets[-1] != rows or min(steps, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens: expected offsets that rise from 0 to {rows} (the rows of hidden), got "
+            f"first {offsets[0]}, last {offsets[-1]}, smallest step {min(steps, default=0)}"
+        )
+
+
 def keep_rows(
     targets: Tensor, vocab: int, ignore_index: int, validate: bool, cu_seqlens: Tensor | None = None
 ) -> tuple:
@@ -83,26 +93,21 @@ def keep_rows(
     torch.cumsum(kept, 0, out=ends[1:])
     given = targets.new_tensor([0, rows]) if cu_seqlens is None else cu_seqlens.long()
     facts = [ends[given.clamp(0, rows)]]
-    if validate and rows:
+    if validate:
         inside = torch.where(kept, targets, torch.zeros_like(targets))
-        facts += [
-            torch.stack([inside.min(), inside.max(), given[0], given[-1], given.diff().amin()])
-        ]
+        bounds = inside.new_zeros(1) if rows == 0 else inside
+        facts += [torch.stack([bounds.min(), bounds.max()]), given]
     flat = torch.cat(facts).tolist()
     offsets = flat[: given.shape[0]]
-    if validate and rows:
-        low, high, first, last, step = flat[given.shape[0] :]
+    if validate:
+        low, high, *ends_given = flat[given.shape[0] :]
         if low < 0 or high >= vocab:
             raise ValueError(
                 f"labels: expected values in [0, {vocab}) or ignore_index={ignore_index}, got "
                 f"values from {low} to {high}; mask padding with ignore_index and check that "
                 "weight covers the tokenizer's vocabulary"
             )
-        if first != 0 or last != rows or step < 0:
-            raise ValueError(
-                f"cu_seqlens: expected offsets that rise from 0 to {rows} (the rows of hidden), "
-                f"got first {first}, last {last}, smallest step {step}"
-            )
+        check_offsets(ends_given, rows)
     if offsets[-1] == rows:
         return Rows(None, targets), offsets
     index = (

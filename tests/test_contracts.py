@@ -100,8 +100,9 @@ def test_gradcheck_of_logprobs(bias, options):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["", "softcap+scale"])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(
+    ("bias", "options"), [(False, {}), (True, OPTIONS)], ids=["plain", "bias+softcap+scale"]
+)
 @pytest.mark.parametrize("rows", [100, 3], ids=["whole", "split"])
 def test_gradcheck_of_the_loss(rows, bias, options, strategy):
     problem = pairs(4, count=2, length=5, width=4, vocab=9, dtype=torch.float64, bias=bias)
@@ -332,10 +333,10 @@ def test_the_rule_of_auto(monkeypatch):
 
     assert used() == "stream"
     assert used(dtype=torch.bfloat16) == "stream"
-    assert used(frozen="hidden weight") == "recompute"  # no gradient is wanted
+    assert used(frozen="hidden weight") == "stream"  # the same bits with and without gradients
     assert used(dtype=torch.float16) == "recompute"
     assert used(rows=180) == "stream" and used(rows=100) == "recompute"  # of 180 rows
-    assert used(rows=255, length=70) == "recompute"  # fewer than 256 rows fit
+    assert used(rows=240, length=70) == "recompute"  # fewer than 256 rows fit
     assert used(rows=300, length=70) == "stream"  # 420 rows at 300 a panel, small accumulators
     assert used(rows=300, length=70, frozen="weight") == "stream"
     assert used(rows=300, length=70, dtype=torch.bfloat16) == "recompute"  # rounds each product

@@ -445,8 +445,8 @@ def pieces(problem: Problem, monkeypatch, **options) -> list[int]:
 
 LAYOUTS = [
     pytest.param(1000, [1], id="one group"),
-    pytest.param(100, [1] * 3, id="grouped"),
-    pytest.param(50, [1] * 5, id="pair by pair"),
+    pytest.param(96, [1] * 3, id="grouped"),
+    pytest.param(48, [1] * 5, id="pair by pair"),
     pytest.param(10, None, id="split"),
     pytest.param(1, None, id="row by row"),
 ]
@@ -633,3 +633,39 @@ def test_int32_labels(strategy):
     problem = pairs(26)
     small = problem._replace(labels=problem.labels.int())
     assert_close_bits(run(small, strategy=strategy), run(problem, strategy=strategy))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rows"), [("recompute", 1000), ("stream", 1000), ("stream", 64)]
+)
+@pytest.mark.parametrize("tolerance", [0.3, 0.03, 0.001])
+def test_the_certificate_of_skipping(tolerance, strategy, rows):
+    """At most the tolerance is skipped, and the L1 error of dlogits is at most what is certified.
+
+    dbias is the sum of dlogits over rows, so its L1 error is at most that of dlogits.
+    """
+    shape = {"count": 3, "length": 150, "width": 48, "vocab": 1501}
+    problem = pairs(27, dtype=torch.float64, bias=True, spread=4.0, **shape)
+    options = {"strategy": strategy, "max_workspace_mb": workspace_for(rows, problem)}
+    leaves = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)]
+    hidden, weight, bias = leaves
+    out = fused_rpo_loss(
+        hidden, weight, problem.labels, problem.ref_logps, bias=bias, grad_tolerance=tolerance,
+        **options,
+    )  # fmt: skip
+    out.loss.backward()
+    exact = run(problem, **options)
+    torch.testing.assert_close(out.loss.detach(), exact["out"], rtol=1e-12, atol=0)
+
+    logps = exact_logprobs(problem).requires_grad_()
+    (slope,) = torch.autograd.grad(loss_of_logps(logps, problem), logps)
+    mass = (2 * slope.abs() * -torch.expm1(logps.detach())).sum()  # |onehot - P|_1 = 2 (1 - p)
+    assert 0 < out.skipped <= tolerance
+    error = (bias.grad - exact["bias"]).abs().sum()
+    assert 0 < error <= out.skipped * mass * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_without_a_tolerance_nothing_is_skipped(strategy):
+    problem = pairs(28)
+    assert fused_rpo_loss(*problem[:3], problem.ref_logps, strategy=strategy).skipped == 0
