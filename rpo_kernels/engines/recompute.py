@@ -144,6 +144,18 @@ def _shape(
     return n, min(vocab, p)
 
 
+def _unit(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """A power of two (), at least the largest ``|g|``, 1 if there is none, to divide `grad` by.
+
+    fp16 sums of N products must not overflow either: there it is also at least ``sum |g| / 512``.
+    """
+    size = grad.abs()
+    largest = size.amax() if grad.shape[0] else grad.new_zeros(())
+    if dtype == torch.float16:
+        largest = torch.maximum(largest, size.sum() / 512)
+    return torch.where(largest > 0, torch.exp2(largest.log2().ceil()), 1)
+
+
 def backward(
     grad: Tensor,
     logps: Tensor,
@@ -167,7 +179,7 @@ def backward(
     (total, width), vocab = (rows.targets.shape[0], hidden.shape[1]), head.weight.shape[0]
     acc_dtype = accumulator_dtype(head.dtype)
     grad, logps, lse = (rows.take(x, 0, total) for x in (grad, logps, lse))
-    top = torch.exp2(grad.abs().amax().log2().ceil()) if total else grad.new_ones(())
+    top = _unit(grad, head.dtype)
     unit = -grad / top
     coef = torch.where(unit.abs() < 1e-20, 0, unit)  # for H rows in matmuls: no denormals
     target_entry = torch.expm1(logps) * head.transform.slope(logps + lse)
@@ -232,8 +244,7 @@ def backward_skipping(
     acc = accumulator_dtype(head.dtype)
     total, width = rows.targets.shape[0], hidden.shape[1]
     grad, logps, lse = (rows.take(x, 0, total) for x in (grad, logps, lse))
-    top = torch.exp2(grad.abs().amax().log2().ceil()) if total else grad.new_ones(())
-    top = torch.where(top > 0, top, 1)
+    top = _unit(grad, head.dtype)
     d_rows = hidden.new_zeros(total, width, dtype=acc) if need_h else None
     d_weight = torch.zeros_like(head.weight, dtype=acc) if need_w else None
     d_bias = torch.zeros_like(head.weight[:, 0], dtype=acc) if need_b else None
