@@ -57,7 +57,7 @@ class Case(NamedTuple):
     weight: Tensor
     targets: Tensor
     values: Tensor
-    lse: Tensor
+    shift: Tensor
     keep: Tensor
     scaled: Tensor
 
@@ -88,7 +88,7 @@ def make(shape: tuple[int, int, int], device: str) -> Case:
     ones, blocks = torch.ones_like(panel.sums), skipping.split_rows([0, n])
     keep, *_ = skipping.select(panel.values, panel.sums, targets, ones, TOLERANCE, blocks, True)
     scaled = (hidden / panel.sums[:, None]).to(hidden.dtype)
-    return Case(hidden, weight, targets, panel.values, panel.lse, keep, scaled)
+    return Case(hidden, weight, targets, panel.values, panel.shift, keep, scaled)
 
 
 def trials(key: tuple[str, str], smoke: bool) -> list[Trial]:
@@ -113,8 +113,8 @@ def trials(key: tuple[str, str], smoke: bool) -> list[Trial]:
 
     def fill(how: Callable, tile: tiles.Tile | None) -> Callable[[Case], Tensor]:
         def run(c: Case) -> Tensor:
-            out, sums = torch.empty_like(c.values), torch.zeros_like(c.lse)
-            how(c.hidden, c.weight, None, c.lse, c.targets, 0, plain, out, sums, None, tile)
+            out, sums = torch.empty_like(c.values), torch.zeros_like(c.shift)
+            how(c.hidden, c.weight, None, c.shift, c.targets, 0, plain, out, sums, None, tile)
             return sums
 
         return run
@@ -143,7 +143,7 @@ def trials(key: tuple[str, str], smoke: bool) -> list[Trial]:
 
     def gathered(c: Case, out_rows: Tensor | None, out_weight: Tensor | None) -> Tensor:
         torch_backend.kept_products(
-            c.values, BLOCK, c.keep, c.weight, c.scaled, c.lse, out_rows, out_weight, None, 1.0
+            c.values, BLOCK, c.keep, c.weight, c.scaled, c.shift, out_rows, out_weight, None, 1.0
         )
         return out_rows if out_weight is None else out_weight
 

@@ -58,7 +58,7 @@ def _empty_grads(
 
 
 def _log_probs(hidden, rows, offsets, head, module, max_bytes, tolerance, sequences):
-    """Forward of the recompute engine: ``logps (N,)``, ``lse (N,)``, the mask of kept entries,
+    """Forward of the recompute engine: ``logps (N,)``, ``norm (N, 2)``, the mask of kept entries,
     masses.
     """
     total, vocab = hidden.shape[0], head.weight.shape[0]
@@ -90,21 +90,22 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of `targets` (M,) under ``softmax(transform(hidden (M, D) @ weight (V, D)^T))``.
 
-    Returns ``logps (M,)``, ``lse (M,)``, both 0 where ignored, and the vocabulary entries that
-    backward keeps.
+    Returns ``logps (M,)`` and ``norm (M, 2)`` (see `recompute`), both 0 where ignored, and the
+    vocabulary entries that backward keeps.
     """
     module = select(backend, hidden)
     rows, offsets = keep_rows(targets, weight.shape[0], ignore_index, validate)
     head = Head(weight, bias, Transform(scale, softcap), dtype, max_bytes // 8)
-    logps, lse, keep, _ = _log_probs(hidden, rows, offsets, head, module, max_bytes, tolerance, 1)
-    return rows.spread(logps, targets.shape[0]), rows.spread(lse, targets.shape[0]), keep
+    logps, norm, keep, _ = _log_probs(hidden, rows, offsets, head, module, max_bytes, tolerance, 1)
+    return rows.spread(logps, targets.shape[0]), rows.spread(norm, targets.shape[0]), keep
 
 
 @linear_logprobs.register_fake
 def _(hidden, weight, targets, bias, ignore_index, scale, softcap, dtype, validate, tolerance, *_):
     logps = hidden.new_empty(targets.shape, dtype=accumulator_dtype(dtype))
     shape = _kept_shape(hidden.shape[0], 1, weight.shape[0], tolerance)
-    return logps, torch.empty_like(logps), hidden.new_empty(shape, dtype=torch.bool)
+    norm = logps.new_empty(*targets.shape, 2)
+    return logps, norm, hidden.new_empty(shape, dtype=torch.bool)
 
 
 @torch.library.custom_op("rpo_kernels::linear_logprobs_backward", mutates_args=())
@@ -112,7 +113,7 @@ def _(hidden, weight, targets, bias, ignore_index, scale, softcap, dtype, valida
 def linear_logprobs_backward(
     grad: Tensor,
     logps: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     keep: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -137,18 +138,18 @@ def linear_logprobs_backward(
     if tolerance:
         rows, offsets = keep_rows(targets, weight.shape[0], ignore_index, False, cu_seqlens)
         found = recompute.backward_skipping(
-            grad, logps, lse, hidden, rows, head, module, wanted, offsets, keep
+            grad, logps, norm, hidden, rows, head, module, wanted, offsets, keep
         )
     else:
         masked = torch.where(grad != 0, targets, ignore_index)
         rows, _ = keep_rows(masked, weight.shape[0], ignore_index, validate=False)
-        found = recompute.backward(grad, logps, lse, hidden, rows, head, module, max_bytes, wanted)
+        found = recompute.backward(grad, logps, norm, hidden, rows, head, module, max_bytes, wanted)
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if x is None else x for x in found)
     return d_hidden, d_weight, d_bias
 
 
 @linear_logprobs_backward.register_fake
-def _(grad, logps, lse, keep, hidden, weight, targets, bias, *rest):
+def _(grad, logps, norm, keep, hidden, weight, targets, bias, *rest):
     return tuple(_empty_grads(hidden, weight, bias, rest[-1]))
 
 
@@ -235,8 +236,8 @@ def preference_loss(
     for backward.
 
     These are the gradients for hidden, weight and bias (empty where not needed) and an empty one if
-    streamed; else, to recompute from, ``logps``, ``lse`` and ``d loss / d logps``, each (M,), and
-    the vocabulary entries that backward keeps.
+    streamed; else, to recompute from, ``logps (M,)``, ``norm (M, 2)``, ``d loss / d logps`` (M,),
+    and the vocabulary entries that backward keeps.
     """
     module = select(backend, hidden)
     rows, offsets = keep_rows(labels, weight.shape[0], ignore_index, validate, cu_seqlens)
@@ -261,12 +262,12 @@ def preference_loss(
         )  # fmt: skip
         saved = [hidden.new_empty(0) if x is None else x for x in (*grads, None)]
     else:
-        logps, lse, keep, mass = _log_probs(
+        logps, norm, keep, mass = _log_probs(
             hidden, rows, offsets, head, module, max_bytes, tolerance, len(offsets) - 1
         )
         pairs, coef = settle(0, count, logps)
         skipped = recompute.skipped_share(coef, offsets, mass)
-        saved = [*(rows.spread(x, labels.shape[0]) for x in (logps, lse, coef)), keep]
+        saved = [*(rows.spread(x, labels.shape[0]) for x in (logps, norm, coef)), keep]
     terms = total_terms(pairs, sft_reduction, *norms)
     loss = terms[0] + sft_weight * terms[1]
     first, second, third, fourth = saved
@@ -284,7 +285,7 @@ def _(
         saved = [*_empty_grads(hidden, weight, bias, needs), hidden.new_empty(0)]
     else:
         shape = _kept_shape(hidden.shape[0], sequences, weight.shape[0], tolerance)
-        saved = [pairs.new_empty(labels.shape) for _ in range(3)]
+        saved = [pairs.new_empty(*labels.shape, *more) for more in ((), (2,), ())]
         saved.append(hidden.new_empty(shape, dtype=torch.bool))
     return pairs.new_empty(()), pairs.new_empty(3), pairs, *saved
 
@@ -308,8 +309,8 @@ def _grad_loss(ctx, grad, *_):
     if ctx.stream:
         found = [x * grad for x in ctx.saved_tensors[:3]]
     else:
-        logps, lse, coef, *again = ctx.saved_tensors
-        found = linear_logprobs_backward(coef * grad, logps, lse, *again, *ctx.rest, ctx.needs)
+        logps, norm, coef, *again = ctx.saved_tensors
+        found = linear_logprobs_backward(coef * grad, logps, norm, *again, *ctx.rest, ctx.needs)
     grads = [x if need else None for x, need in zip(found, ctx.needs, strict=True)]
     return grads[0], grads[1], None, None, None, grads[2], *[None] * 18
 

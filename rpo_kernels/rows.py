@@ -38,10 +38,11 @@ class Rows(NamedTuple):
         return torch.zeros_like(like).index_copy_(0, self.positions, values.to(like.dtype))
 
     def spread(self, values: Tensor, total: int) -> Tensor:
-        """``values (N,)`` at their rows' places among `total` rows M, zeros elsewhere."""
+        """``values (N, ...)`` at their rows' places among `total` rows M, zeros elsewhere."""
         if self.positions is None:
             return values
-        return values.new_zeros(total).index_copy_(0, self.positions, values)
+        zeros = values.new_zeros(total, *values.shape[1:])
+        return zeros.index_copy_(0, self.positions, values)
 
     def subset(self, order: Tensor) -> Rows:
         """The kept rows at positions `order` (n,), in that order."""

@@ -19,6 +19,7 @@ from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
 from rpo_kernels.spec import Transform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOG2E = math.log2(math.e)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN, SCALED, CAPPED = Transform(), Transform(0.7), Transform(1.3, 30.0)
 N, V, D = 130, 1031, 576
@@ -60,6 +61,15 @@ def logits(hidden, weight, bias, transform, dtype=torch.float64):
     return scale * x if cap is None else cap * torch.tanh(scale * x / cap)
 
 
+def softmax_of(hidden, weight, bias, targets, transform, max_bytes=2**20):
+    """Log-sum-exp and the targets' log-probs, natural, from the backend's base-2 results."""
+    shift, sums, target = backend.lse_and_target(
+        hidden, weight, bias, targets, transform, max_bytes
+    )
+    assert shift.dtype == sums.dtype == target.dtype == torch.float32
+    return math.log(2) * (shift + sums.log2()), math.log(2) * (target - sums.log2())
+
+
 def slope(z, transform):
     scale, cap = transform
     return torch.full_like(z, scale) if cap is None else scale * (1 - (z / cap) ** 2)
@@ -79,46 +89,59 @@ def bound(dtype, plain, truth, tight):
 def test_lse_and_target(dtype, transform, bias):
     hidden, weight, offset, targets = make(dtype=dtype, bias=bias)
     targets[5] = -1
-    lse, picked = backend.lse_and_target(hidden, weight, offset, targets, transform, 2**20)
+    lse, logps = softmax_of(hidden, weight, offset, targets, transform)
     z = logits(hidden, weight, offset, transform)
     plain = logits(hidden, weight, offset, transform, dtype)
-    rows, inside = torch.arange(N, device=DEVICE), targets >= 0
-    truth = torch.where(inside, z[rows, targets], 0)
     assert error(lse, z.logsumexp(1)) <= bound(dtype, plain.logsumexp(1), z.logsumexp(1), 3e-7)
-    assert error(picked, truth) <= bound(dtype, plain[rows, targets] * inside, truth, 1e-6)
-    assert picked[5] == 0
-    assert lse.dtype == picked.dtype == torch.float32
+    rows = (targets >= 0).nonzero()[:, 0]
+    truth, same = (x.log_softmax(1)[rows, targets[rows]] for x in (z, plain))
+    assert error(logps[rows], truth) <= bound(dtype, same, truth, 1e-6)
 
 
 def test_lse_within_little_memory_and_one_split():
     hidden, weight, offset, targets = make(width=64)
     truth = logits(hidden, weight, offset, PLAIN).logsumexp(1)
     for max_bytes in (1, 8 * 64, 8 * 64 * 3, 2**30):
-        lse, _ = backend.lse_and_target(hidden, weight, offset, targets, PLAIN, max_bytes)
+        lse, _ = softmax_of(hidden, weight, offset, targets, PLAIN, max_bytes)
         assert error(lse, truth) < 3e-7
+
+
+def test_a_probability_near_one_keeps_its_accuracy():
+    """1 - p = exp(-8) and logits of 1e4: log p must not round to eps * 1e4."""
+    hidden = torch.ones(1, 16, device=DEVICE)
+    weight = torch.full((300, 16), -625.0, device=DEVICE)
+    offset, targets = torch.full((300,), -math.inf, device=DEVICE), torch.tensor([7], device=DEVICE)
+    offset[7], offset[205] = 8.0, 0.0
+    for v in (7, 205):
+        weight[v] *= -1
+    _, logps = softmax_of(hidden, weight, offset, targets, PLAIN)
+    z = logits(hidden, weight, offset, PLAIN)
+    truth = z.log_softmax(1)[:, 7]
+    assert error(logps, truth) < 1e-2 and logps < 0
 
 
 def test_minus_infinity_bias_removes_entries():
     hidden, weight, offset, targets = make(n=3, vocab=300, width=32)
     offset[:290] = -math.inf
     targets[:] = torch.tensor([295, 3, 299])
-    lse, picked = backend.lse_and_target(hidden, weight, offset, targets, PLAIN, 2**20)
+    lse, logps = softmax_of(hidden, weight, offset, targets, PLAIN)
     z = logits(hidden, weight, offset, PLAIN)
     torch.testing.assert_close(lse.double(), z.logsumexp(1), rtol=1e-6, atol=1e-6)
-    assert picked[1] == -math.inf and picked[[0, 2]].isfinite().all()
+    assert logps[1] == -math.inf and logps[[0, 2]].isfinite().all()
     offset[:] = -math.inf
-    lse, _ = backend.lse_and_target(hidden, weight, offset, targets, PLAIN, 2**20)
+    lse, _ = softmax_of(hidden, weight, offset, targets, PLAIN)
     assert (lse == -math.inf).all()
 
 
 def test_nan_stays_in_its_row():
     hidden, weight, offset, targets = make(n=70, vocab=300, width=32)
     hidden[66, 3] = math.nan
-    lse, picked = backend.lse_and_target(hidden, weight, offset, targets, CAPPED, 2**20)
+    shift, _, target = backend.lse_and_target(hidden, weight, offset, targets, CAPPED, 2**20)
+    lse, logps = softmax_of(hidden, weight, offset, targets, CAPPED)
     out, sums = torch.zeros(300, 70, device=DEVICE), torch.zeros(70, device=DEVICE)
-    shift = lse.nan_to_num()
+    shift = shift.nan_to_num()
     backend.exp_panel(hidden, weight, offset, shift, targets, 0, CAPPED, out, sums)
-    for result in (lse, picked, out.sum(0), sums):
+    for result in (lse, logps, target, out.sum(0), sums):
         assert result.isnan().nonzero()[:, 0].tolist() == [66]
     assert out[:, 66].isnan().all()
 
@@ -151,27 +174,27 @@ def test_exp_panel(how, dtype, transform, bias):
     v0, p = 131, 777
     panel, part = weight[v0 : v0 + p], None if offset is None else offset[v0 : v0 + p]
     z = logits(hidden, weight, offset, transform)
-    shift = z.logsumexp(1).float()
+    shift = (z.logsumexp(1) * LOG2E).float()
     buffer = torch.full((p + 2, N + 6), math.nan, dtype=dtype, device=DEVICE)
     sums, picked = torch.ones(N, device=DEVICE), torch.full((N,), -7.0, device=DEVICE)
     fill(how, hidden, panel, part, shift, targets, v0, transform, buffer[1:-1, :N], sums, picked)
     assert buffer[[0, -1]].isnan().all() and buffer[:, N:].isnan().all()
 
     z, plain = z[:, v0 : v0 + p], logits(hidden, panel, part, transform, dtype)
-    e, rough = (x - shift[:, None] for x in (z, plain.double()))
+    e, rough = (x - shift[:, None].double() / LOG2E for x in (z, plain.double()))
     truth, same = (x.exp() * slope(z, transform) for x in (e, rough))
     assert error(buffer[1:-1, :N], truth.t()) <= bound(dtype, same.t(), truth.t(), 3e-6)
     assert error(sums - 1, e.exp().sum(1)) <= bound(dtype, rough.exp().sum(1), e.exp().sum(1), 3e-6)
     inside = (targets >= v0) & (targets < v0 + p)
     index = (targets - v0)[inside, None]
-    want, same = z[inside].gather(1, index), plain[inside].gather(1, index)
+    want, same = (LOG2E * x[inside].gather(1, index) for x in (e, rough))
     assert (picked[~inside] == -7).all()
     assert error(picked[inside, None], want) <= bound(dtype, same, want, 1e-6)
 
 
 def test_both_fills_agree_and_choose_by_configuration(monkeypatch):
     hidden, weight, offset, targets = make()
-    shift = logits(hidden, weight, offset, CAPPED).logsumexp(1).float()
+    shift = (logits(hidden, weight, offset, CAPPED).logsumexp(1) * LOG2E).float()
     outs = []
     for path in ("fused", "panel"):
         config = tiles.CONFIGS["interpreter", "single"]._replace(exp_path=path)
@@ -189,7 +212,8 @@ def test_float32_panel_from_half_precision(monkeypatch):
     monkeypatch.setattr(backend, "_config", lambda hidden: config)
     z = logits(hidden, weight, None, PLAIN)
     out = torch.full((V, N), math.nan, device=DEVICE)
-    backend.exp_panel(hidden, weight, None, z.logsumexp(1).float(), targets, 0, PLAIN, out)
+    shift = (z.logsumexp(1) * LOG2E).float()
+    backend.exp_panel(hidden, weight, None, shift, targets, 0, PLAIN, out)
     assert error(out, z.softmax(1).t()) < 3e-6
 
 
@@ -210,10 +234,10 @@ def test_descriptors_and_pointers_give_the_same_bits(monkeypatch, dtype):
         config = tiles.Config(tiles.Tile(32, 64, 64, 4, 1, 1, tma), "fused")
         monkeypatch.setattr(backend, "_config", lambda hidden, config=config: config)
         assert backend._operands(hidden, weight, config.tile)["TMA"] == tma
-        lse, picked = backend.lse_and_target(hidden, weight, offset, targets, CAPPED, 2**20)
-        out, sums = torch.empty(300, 70, dtype=dtype, device=DEVICE), torch.zeros_like(lse)
-        backend.exp_panel(hidden, weight, offset, lse, targets, 0, CAPPED, out, sums)
-        results.append((lse, picked, out, sums))
+        found = backend.lse_and_target(hidden, weight, offset, targets, CAPPED, 2**20)
+        out, sums = torch.empty(300, 70, dtype=dtype, device=DEVICE), torch.zeros_like(found[0])
+        backend.exp_panel(hidden, weight, offset, found[0], targets, 0, CAPPED, out, sums)
+        results.append((*found, out, sums))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     shifted = torch.empty(70 * 200 + 1, dtype=dtype, device=DEVICE)[1:].view(70, 200)
     assert not backend._operands(shifted, weight, config.tile)["TMA"]
@@ -223,10 +247,10 @@ def test_reruns_are_bit_identical():
     hidden, weight, offset, targets = make(n=70, vocab=300, width=200, dtype=torch.bfloat16)
     runs = []
     for _ in range(2):
-        lse, picked = backend.lse_and_target(hidden, weight, offset, targets, CAPPED, 2**20)
-        out, sums = torch.empty(300, 70, dtype=lse.dtype, device=DEVICE), torch.zeros_like(lse)
-        backend.exp_panel(hidden, weight, offset, lse, targets, 0, CAPPED, out, sums)
-        runs.append((lse, picked, out, sums))
+        found = backend.lse_and_target(hidden, weight, offset, targets, CAPPED, 2**20)
+        out, sums = torch.empty(300, 70, device=DEVICE), torch.zeros_like(found[0])
+        backend.exp_panel(hidden, weight, offset, found[0], targets, 0, CAPPED, out, sums)
+        runs.append((*found, out, sums))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -240,17 +264,18 @@ def test_reruns_are_bit_identical():
 def test_any_shape(n, vocab, width, seed):
     hidden, weight, offset, targets = make(n, vocab, width, seed=seed)
     z = logits(hidden, weight, offset, SCALED)
-    lse, picked = backend.lse_and_target(hidden, weight, offset, targets, SCALED, 2**16)
+    lse, logps = softmax_of(hidden, weight, offset, targets, SCALED, 2**16)
     close = {"rtol": 2e-6, "atol": 4e-6}
     torch.testing.assert_close(lse.double(), z.logsumexp(1), **close)
-    torch.testing.assert_close(picked.double(), z.gather(1, targets[:, None])[:, 0], **close)
+    truth = z.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logps.double(), truth, **close)
     for how in FILLS:
         out, sums = torch.full((vocab, n), math.nan, device=DEVICE), torch.zeros(n, device=DEVICE)
         again = torch.full((n,), math.nan, device=DEVICE)
-        fill(how, hidden, weight, offset, lse, targets, 0, SCALED, out, sums, again)
+        fill(how, hidden, weight, offset, lse * LOG2E, targets, 0, SCALED, out, sums, again)
         torch.testing.assert_close(out.double(), 0.7 * z.softmax(1).t(), rtol=2e-5, atol=1e-7)
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=2e-5, atol=0)
-        torch.testing.assert_close(again.double(), picked.double(), **close)
+        torch.testing.assert_close(again.double() / LOG2E, truth, **close)
 
 
 @given(

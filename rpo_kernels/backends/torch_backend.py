@@ -2,7 +2,7 @@
 
 Everything runs on tiles small enough for a CPU's cache (or, on a GPU, large enough to fill it),
 vocabulary-major ``(p, n)``: a tile of logits is one matmul ``W_panel @ H^T``, and the passes over
-it are in place. Exponentials are taken in base 2, ``exp(z - c) = 2^(z * log2(e) - c * log2(e))``:
+it are in place. Logits live in base 2, ``y = z * log2(e)``: in ``exp(z - c) = 2^(y - c * log2(e))``
 the product and the difference are one fused pass, and `exp2` is about twice as fast as `exp` on
 CPUs. Nothing below ``exp(-60)`` is ever produced, because denormal floats slow CPU matmuls tenfold;
 what that adds to a probability is at most 1e-26.
@@ -20,6 +20,7 @@ from rpo_kernels.spec import Transform, accumulator_dtype
 
 LOG2E = math.log2(math.e)
 FLOOR = -60 * LOG2E  # lowest exponent, in base 2
+LOWEST = -1e38  # below any logit; finite, so that entries of -inf do not turn rows into NaN
 CPU_TILE = 2**20  # elements: 4 MiB in fp32, a share of the last-level cache
 GPU_TILE = 2**25  # elements: 128 MiB in fp32
 GATHER = 2048  # entries gathered at a time: both operands stay in a CPU's cache
@@ -59,14 +60,12 @@ def _base2_logits(
     return tile, cap * LOG2E, slope
 
 
-def _pick_targets(
-    tile: Tensor, factor: float, targets: Tensor, v0: int, target_logit: Tensor
-) -> None:
-    """``target_logit[i] = z[targets[i] - v0, i]`` wherever that row is in the tile."""
+def _pick_targets(tile: Tensor, targets: Tensor, v0: int, out: Tensor) -> None:
+    """``out[i] = tile[targets[i] - v0, i]`` wherever that row is in the tile."""
     index = targets - v0
     inside = (index >= 0) & (index < tile.shape[0])
-    picked = tile.gather(0, index.clamp(0, tile.shape[0] - 1)[None])[0] * (factor / LOG2E)
-    torch.where(inside, picked, target_logit, out=target_logit)
+    picked = tile.gather(0, index.clamp(0, tile.shape[0] - 1)[None])[0]
+    torch.where(inside, picked, out, out=out)
 
 
 def lse_and_target(
@@ -76,28 +75,27 @@ def lse_and_target(
     targets: Tensor,
     transform: Transform,
     max_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of every row's logits, and its target's logit: one online pass over vocabulary
-    tiles.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every row's softmax in base 2, and its target's logit: one online pass over vocabulary tiles.
 
     Args:
         hidden: (n, D). weight: (V, D), same dtype. bias: (V,) or None.
-        targets: (n,) int64 in [0, V); -1 for none, its target logit is then 0.
+        targets: (n,) int64 in [0, V); -1 for none, its third result then means nothing.
         transform: scale and softcap.
         max_bytes: bound on temporaries.
 
     Returns:
-        ``lse (n,)`` and ``target_logit (n,)``, float32 (float64 for float64 inputs).
+        With ``y = z * log2(e)``: ``shift = max_v y``, ``sums = sum_v 2^(y - shift)``, and ``y -
+        shift`` of the target; each (n,) float32 (float64 for float64 inputs).
     """
     n, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
-    lse = hidden.new_empty(n, dtype=dtype)
-    target_logit = hidden.new_zeros(n, dtype=dtype)
+    shift, sums, target = hidden.new_zeros(3, n, dtype=dtype)
     block = max(1, min(1024 if hidden.device.type == "cpu" else n, max_bytes // (64 * 16)))
     for i in range(0, n, block):
-        h, t, picked = hidden[i : i + block], targets[i : i + block], target_logit[i : i + block]
+        h, t, picked = (x[i : i + block] for x in (hidden, targets, target))
         step = _tile_rows(h.device, h.shape[0], max_bytes)
         scratch = hidden.new_empty(step, h.shape[0], dtype=dtype) if hidden.dtype == dtype else None
-        running_max = hidden.new_full((h.shape[0],), -math.inf, dtype=dtype)
+        running_max = hidden.new_full((h.shape[0],), LOWEST, dtype=dtype)
         total = torch.zeros_like(running_max)
         for v0 in range(0, weight.shape[0], step):
             w = weight[v0 : v0 + step]
@@ -105,13 +103,14 @@ def lse_and_target(
             tile, factor, _ = _base2_logits(
                 tile, None if bias is None else bias[v0 : v0 + step], transform
             )
-            _pick_targets(tile, factor, t, v0, picked)
+            _pick_targets(tile, t, v0, picked)
             peak = torch.maximum(running_max, tile.amax(0) * factor)
             torch.add(-peak, tile, alpha=factor, out=tile)
             total.mul_(torch.exp2(running_max - peak)).add_(tile.clamp_(min=FLOOR).exp2_().sum(0))
             running_max = peak
-        lse[i : i + block] = (running_max + total.log2()) / LOG2E
-    return lse, target_logit
+        shift[i : i + block], sums[i : i + block] = running_max, total
+        torch.add(-running_max, picked, alpha=factor, out=picked)
+    return shift, sums, target
 
 
 def exp_panel(
@@ -124,35 +123,34 @@ def exp_panel(
     transform: Transform,
     out: Tensor,
     sums: Tensor | None = None,
-    target_logit: Tensor | None = None,
+    target: Tensor | None = None,
     max_bytes: int = 2**24,
 ) -> None:
-    """Fill a panel with ``exp(z - shift) * dz/dx``; with ``shift = lse`` these are softmax
-    probabilities times the slope.
+    """Fill a panel with ``2^(y - shift) * dz/dx``, where ``y = z * log2(e)``.
 
     Args:
         hidden: (n, D). weight: (p, D), the vocabulary entries from `v0` on. bias: (p,) or None.
-        shift: (n,) float32 (float64), anything within 60 of the row's largest logit.
+        shift: (n,) float32 (float64), anything within 86 of the row's largest ``y``.
         targets: (n,) int64, over the whole vocabulary.
         v0: first vocabulary entry of the panel.
         transform: scale and softcap.
         out: (p, n), written, in the dtype of `hidden` or float32.
-        sums: (n,), ``exp(z - shift)`` summed over the panel is added to it.
-        target_logit: (n,), set to ``z`` of the target where the target lies in the panel.
+        sums: (n,), ``2^(y - shift)`` summed over the panel is added to it.
+        target: (n,), set to ``y - shift`` of the target where the target lies in the panel.
         max_bytes: bound on temporaries.
     """
     n, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
     step = _tile_rows(hidden.device, n, max_bytes)
-    low = shift * -LOG2E
+    low = -shift
     for v in range(0, weight.shape[0], step):
         part = out[v : v + step]
         tile = _logits(hidden, weight[v : v + step], part if part.dtype == dtype else None)
         tile, factor, slope = _base2_logits(
             tile, None if bias is None else bias[v : v + step], transform
         )
-        if target_logit is not None:
-            _pick_targets(tile, factor, targets, v0 + v, target_logit)
         torch.add(low, tile, alpha=factor, out=tile)
+        if target is not None:
+            _pick_targets(tile, targets, v0 + v, target)
         tile.clamp_(min=FLOOR).exp2_()
         if sums is not None:
             sums.add_(tile.sum(0))

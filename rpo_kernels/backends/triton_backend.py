@@ -104,22 +104,22 @@ def lse_and_target(
     targets: Tensor,
     transform: Transform,
     max_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of every row's logits, and its target's logit: no logit reaches memory.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every row's softmax in base 2, and its target's logit: no logit reaches memory.
 
     Args:
         hidden: (n, D), last dimension contiguous.
         weight: (V, D), same dtype, last dimension contiguous. bias: (V,) or None.
-        targets: (n,) int64 in [0, V); -1 for none, its target logit is then 0.
+        targets: (n,) int64 in [0, V); -1 for none, its third result then means nothing.
         transform: scale and softcap.
         max_bytes: bound on the partials, 8 bytes a row and split.
 
     Returns:
-        ``lse (n,)`` and ``target_logit (n,)``, float32.
+        With ``y = z * log2(e)``: ``shift = max_v y``, ``sums = sum_v 2^(y - shift)``, and ``y -
+        shift`` of the target; each (n,) float32.
     """
     n, vocab, tile = hidden.shape[0], weight.shape[0], _config(hidden).tile
-    lse = hidden.new_empty(n, dtype=torch.float32)
-    target_logit = hidden.new_zeros(n, dtype=torch.float32)
+    shift, sums, target = hidden.new_zeros(3, n, dtype=torch.float32)
     slots = tiles.of_device(hidden.device)[1] * tile.per_sm
     least = min(_blocks(vocab, tile.block_v), _blocks(slots, tiles.GROUP_ROWS))
     step = max(tile.block_n, max_bytes // (8 * least) // tile.block_n * tile.block_n)
@@ -137,7 +137,7 @@ def lse_and_target(
                 bias=bias,
                 targets=targets[i : i + step],
                 partials=partials,
-                target_logit=target_logit[i : i + step],
+                target=target[i : i + step],
                 n=rows,
                 V=vocab,
                 span=blocks * tile.block_v,
@@ -147,14 +147,15 @@ def lse_and_target(
             )
             kernels.lse_merge[(_blocks(rows, tiles.MERGE_ROWS),)](
                 partials=partials,
-                lse=lse[i : i + step],
+                shift=shift[i : i + step],
+                sums=sums[i : i + step],
                 n=rows,
                 splits=splits,
                 BLOCK_S=tiles.MERGE_SPLITS,
                 BLOCK_N=tiles.MERGE_ROWS,
                 num_warps=4,
             )
-    return lse, target_logit
+    return shift, sums, target - shift
 
 
 def exp_panel(
@@ -167,21 +168,21 @@ def exp_panel(
     transform: Transform,
     out: Tensor,
     sums: Tensor | None = None,
-    target_logit: Tensor | None = None,
+    target: Tensor | None = None,
     max_bytes: int = 2**24,
 ) -> None:
-    """Fill a panel with ``exp(z - shift) * dz/dx``: softmax times slope if ``shift = lse``.
+    """Fill a panel with ``2^(y - shift) * dz/dx``, where ``y = z * log2(e)``.
 
     Args:
         hidden: (n, D), last dimension contiguous.
         weight: (p, D), the vocabulary entries from `v0` on. bias: (p,) or None.
-        shift: (n,) float32, anything within 60 of the row's largest logit.
+        shift: (n,) float32, anything within 86 of the row's largest ``y``.
         targets: (n,) int64, over the whole vocabulary.
         v0: first vocabulary entry of the panel.
         transform: scale and softcap.
         out: (p, n), ``stride(1) == 1``, written, in the dtype of `hidden` or float32.
-        sums: (n,) float32, ``exp(z - shift)`` summed over the panel is added to it.
-        target_logit: (n,) float32, set to ``z`` of the target where the target lies in the panel.
+        sums: (n,) float32, ``2^(y - shift)`` summed over the panel is added to it.
+        target: (n,) float32, set to ``y - shift`` of the target where it lies in the panel.
         max_bytes: not used: the only temporaries are partial sums, 1/64 of a bf16 panel.
     """
     if out.numel() == 0:
@@ -200,7 +201,7 @@ def exp_panel(
             transform,
             out,
             sums,
-            target_logit,
+            target,
             config.tile,
         )
 
@@ -215,7 +216,7 @@ def exp_panel_fused(
     transform: Transform,
     out: Tensor,
     sums: Tensor | None,
-    target_logit: Tensor | None,
+    target: Tensor | None,
     tile: tiles.Tile,
 ) -> None:
     """`exp_panel` in one kernel: logits stay in float32 registers."""
@@ -228,7 +229,7 @@ def exp_panel_fused(
         targets=targets,
         out=out,
         part_sum=part_sum,
-        target_logit=target_logit,
+        target=target,
         n=n,
         p=p,
         v0=v0,
@@ -251,7 +252,7 @@ def exp_panel_matmul(
     transform: Transform,
     out: Tensor,
     sums: Tensor | None,
-    target_logit: Tensor | None,
+    target: Tensor | None,
     tile: tiles.Tile | None = None,
 ) -> None:
     """`exp_panel` as the vendor's matmul into `out`, in its dtype, and one pass in place."""
@@ -264,7 +265,7 @@ def exp_panel_matmul(
         shift=shift,
         targets=targets,
         part_sum=part_sum,
-        target_logit=target_logit,
+        target=target,
         n=n,
         p=p,
         v0=v0,

@@ -6,9 +6,9 @@ live in base 2,
     y = outer * x                        outer = scale * log2(e)
     y = outer * tanh(inner * x)          outer = cap * log2(e), inner = scale / cap (None: no cap)
 
-so that ``exp(z - c) = 2^(y - c * log2(e))`` is one fused multiply-add and one `exp2`. A target's
-logit leaves a kernel as ``y * ln 2``, the same rounding that its log-sum-exp goes through, so that
-both cancel where the target has all the mass.
+so that ``exp(z - c) = 2^(y - c * log2(e))`` is one fused multiply-add and one `exp2`. Log-sum-exps
+leave a kernel as a pair ``(c, S)``, in base 2 too, and targets' logits as ``y - c``: rounding never
+exceeds that of ``y`` itself.
 
 Operands come through tensor descriptors (Hopper, Blackwell) or pointers. Rows and vocabulary
 entries beyond the end are zeros, or copies of the last one, and dropped when results are stored: no
@@ -24,7 +24,6 @@ import triton.language as tl
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # lowest exponent in a panel: no denormal is ever made
 FLOOR: tl.constexpr = tl.constexpr(-60 * 1.4426950408889634)
 # below any logit; finite, so that rows of -inf logits do not turn into NaN
@@ -144,7 +143,7 @@ def lse_partials(
     bias,  # (V,) or None
     targets,  # (n,) int64
     partials,  # (2, splits, n) float32: running max and sum, in base 2
-    target_logit,  # (n,) float32
+    target,  # (n,) float32: y[i, targets[i]]
     n,
     V,
     span,  # vocabulary entries of a split, a multiple of BLOCK_V
@@ -161,7 +160,7 @@ def lse_partials(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``max_v y[i, v]`` and ``sum_v 2^(y[i, v] - max)`` over a span of entries; ``z[i, target]``.
+    """``max_v y[i, v]``, ``sum_v 2^(y[i, v] - max)`` over a span of entries; ``y`` of targets.
 
     Grid (row blocks * splits,), row blocks of a group fastest: they share the tiles of W, and their
     H stays in L2.
@@ -172,7 +171,7 @@ def lse_partials(
     pid_n, split = _grouped(tl.program_id(0), tl.cdiv(n, BLOCK_N), splits, GROUP)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < n
-    target = tl.load(targets + offs_n, mask=mask_n, other=-1).to(tl.int32)
+    column = tl.load(targets + offs_n, mask=mask_n, other=-1).to(tl.int32)
     running_max = tl.full((BLOCK_N,), LOWEST, tl.float32)
     running_sum = tl.zeros((BLOCK_N,), tl.float32)
     picked = tl.zeros((BLOCK_N,), tl.float32)
@@ -186,25 +185,26 @@ def lse_partials(
         quarters = _quarters(acc)
         for k in tl.static_range(4):
             running_max, running_sum, picked = _online(
-                quarters[k], v + k * (BLOCK_V // 4), stop, bias, target,
+                quarters[k], v + k * (BLOCK_V // 4), stop, bias, column,
                 running_max, running_sum, picked, inner, outer,
             )  # fmt: skip
     row = partials + split.to(tl.int64) * n + offs_n
     tl.store(row, running_max, mask=mask_n)
     tl.store(row + splits.to(tl.int64) * n, running_sum, mask=mask_n)
-    tl.store(target_logit + offs_n, picked * LN2, mask=mask_n & (target >= start) & (target < stop))
+    tl.store(target + offs_n, picked, mask=mask_n & (column >= start) & (column < stop))
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
 def lse_merge(
     partials,  # (2, splits, n) float32
-    lse,  # (n,) float32
+    shift,  # (n,) float32: c
+    sums,  # (n,) float32: S
     n,
     splits,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``lse[i] = ln 2 * (M + log2(sum_s 2^(max[s, i] - M) * sum[s, i]))``, ``M = max_s max[s, i]``.
+    """``c[i] = max_s max[s, i]`` and ``S[i] = sum_s 2^(max[s, i] - c[i]) * sum[s, i]``.
 
     Grid (row blocks,).
 
@@ -224,15 +224,16 @@ def lse_merge(
         part_sum *= tl.exp2(part_max - new_max[None, :])
         running_sum = running_sum * tl.exp2(running_max - new_max) + tl.sum(part_sum, 0)
         running_max = new_max
-    tl.store(lse + offs_n, (running_max + tl.log2(running_sum)) * LN2, mask=offs_n < n)
+    tl.store(shift + offs_n, running_max, mask=offs_n < n)
+    tl.store(sums + offs_n, running_sum, mask=offs_n < n)
 
 
 @triton.jit
 def _finish(
-    x, v, offs_n, bias, shift, targets, out, target_logit,
+    x, v, offs_n, bias, shift, targets, out, target,
     n, p, v0, stride_ov, inner, outer, slope,
 ):  # fmt: skip
-    """From ``x (n, v)`` to its tile of the panel and the targets' logits; return the row sums."""
+    """From ``x (n, v)`` to its tile of the panel and the targets' ``y - shift``; the row sums."""
     offs_v = v + tl.arange(0, x.shape[1])
     mask_v = offs_v < p
     mask_n = offs_n < n
@@ -240,14 +241,15 @@ def _finish(
         x += tl.load(bias + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
     capped = _cap(x, inner)
     y = outer * capped
-    if target_logit is not None:
+    if target is not None:
         local = tl.load(targets + offs_n, mask=mask_n, other=-1) - v0
         hit = (local >= v) & (local < tl.minimum(v + x.shape[1], p))
         if tl.max(hit.to(tl.int32), 0) > 0:
             column = tl.where(hit, local, -1).to(tl.int32)
             picked = tl.sum(tl.where(column[:, None] == offs_v[None, :], y, 0.0), 1)
-            tl.store(target_logit + offs_n, picked * LN2, mask=hit)
-    low = tl.load(shift + offs_n, mask=mask_n, other=0.0) * LOG2E
+            low = tl.load(shift + offs_n, mask=mask_n, other=0.0)
+            tl.store(target + offs_n, picked - low, mask=hit)
+    low = tl.load(shift + offs_n, mask=mask_n, other=0.0)
     e = tl.exp2(tl.maximum(y - low[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL))
     jacobian = 1.0
     if inner is not None:
@@ -268,7 +270,7 @@ def exp_fused(
     targets,  # (n,) int64
     out,  # (p, n), stride (stride_ov, 1)
     part_sum,  # (vocabulary blocks, n) float32 or None
-    target_logit,  # (n,) float32 or None
+    target,  # (n,) float32 or None
     n,
     p,
     v0,
@@ -286,7 +288,7 @@ def exp_fused(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``out[v, i] = exp(z[v, i] - shift[i]) * dz/dx[v, i]``; its block sums over v, unsloped.
+    """``out[v, i] = 2^(y[v, i] - shift[i]) * dz/dx[v, i]``; its block sums over v, unsloped.
 
     Grid (vocabulary blocks * row blocks,), GROUP vocabulary blocks take turns on each row block.
 
@@ -305,7 +307,7 @@ def exp_fused(
     for k in tl.static_range(4):
         start = v + k * (BLOCK_V // 4)
         total += _finish(
-            quarters[k], start, offs_n, bias, shift, targets, out, target_logit,
+            quarters[k], start, offs_n, bias, shift, targets, out, target,
             n, p, v0, stride_ov, inner, outer, slope,
         )  # fmt: skip
     if part_sum is not None:
@@ -319,7 +321,7 @@ def exp_epilogue(
     shift,  # (n,) float32
     targets,  # (n,) int64
     part_sum,  # (vocabulary blocks, n) float32 or None
-    target_logit,  # (n,) float32 or None
+    target,  # (n,) float32 or None
     n,
     p,
     v0,
@@ -345,7 +347,7 @@ def exp_epilogue(
         tl.float32
     )
     total = _finish(
-        x, v, offs_n, bias, shift, targets, out, target_logit,
+        x, v, offs_n, bias, shift, targets, out, target,
         n, p, v0, stride_ov, inner, outer, slope,
     )  # fmt: skip
     if part_sum is not None:

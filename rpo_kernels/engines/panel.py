@@ -1,25 +1,28 @@
 """A panel: the unnormalized gradient of a chunk of rows over the whole vocabulary, filled in one
 pass over its logits.
 
-For n rows, vocabulary-major, with ``c`` a cheap guess of every row's largest logit,
+For n rows, vocabulary-major, with logits in base 2, ``y = z * log2(e)``, and ``c`` a cheap guess of
+every row's largest one,
 
-    E[v, i]   = exp(z[v, i] - c_i) * dz/dx         while the tile of logits is in cache
-    S_i       = sum_v exp(z[v, i] - c_i),     logp_i = z[t_i, i] - c_i - log S_i
+    E[v, i]   = 2^(y[v, i] - c_i) * dz/dx          while the tile of logits is in cache
+    S_i       = sum_v 2^(y[v, i] - c_i),      logp_i = ln 2 * (y[t_i, i] - c_i - log2 S_i)
     E[t_i, i] = S_i * expm1(logp_i) * dz/dx        accurate where p is close to 1
 
 so that ``E = S * (P - onehot) * dz/dx``: never normalized elementwise, since ``1 / S`` can scale
 rows of the matmuls' small operands instead.
 
+A log-sum-exp is kept as the pair ``(c, S)``, here and in `recompute`: as one float32 number it would
+round to eps * |z|, and so would every probability.
+
 ``c`` is the log-sum-exp over the first `PROBE` vocabulary entries. A row whose largest logit lies
-more than about 60 above it
-could overflow: `sums` then exceed `MAX_SUM`, and the caller fills again with ``exact=True``, whose
-    ``c`` is the log-sum-exp
-over all entries (1U more). fp16 starts there, because its exponents are too short for anything but
-probabilities.
+more than about 60 above it could overflow: `sums` then exceed `MAX_SUM`, and the caller fills again
+with ``exact=True``, whose ``c`` is the log-sum-exp over all entries (1U more). fp16 starts there,
+because its exponents are too short for anything but probabilities.
 """
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,8 +31,9 @@ from torch import Tensor
 
 from rpo_kernels.engines.matmul import put_targets_
 from rpo_kernels.rows import Rows
-from rpo_kernels.spec import Head, accumulator_dtype
+from rpo_kernels.spec import Head, Transform, accumulator_dtype
 
+LN2 = math.log(2)
 PROBE = 512  # vocabulary entries that the guess of the largest logit looks at
 MAX_SUM = 2.0**86
 ALIGN = 16  # rows, so that GPUs load 16 bytes at a time
@@ -45,8 +49,8 @@ class Panel(NamedTuple):
     """(V, n), E with its target entries."""
     logps: Tensor
     """(n,)"""
-    lse: Tensor
-    """(n,)"""
+    shift: Tensor
+    """(n,), c."""
     sums: Tensor
     """(n,), S."""
 
@@ -67,6 +71,23 @@ def stride(n: int, device: torch.device) -> int:
     return n if device.type == "cpu" else -(-n // ALIGN) * ALIGN
 
 
+def empty_sum(like: Tensor) -> tuple[Tensor, Tensor]:
+    """``(c, S)``, each (n,) as `like`, of a sum over nothing: 0, with `c` below any logit."""
+    return torch.full_like(like, -1e38), torch.zeros_like(like)
+
+
+def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Add two sums ``S * 2^c``, each ``(c (n,), S (n,))``: the result with the larger ``c``."""
+    shift = torch.maximum(one[0], other[0])
+    return shift, sum(sums * torch.exp2(c - shift) for c, sums in (one, other))
+
+
+def normalized(shift: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The same ``S * 2^c`` with ``c`` its base-2 logarithm, rounded, and so S close to 1."""
+    rounded = shift + sums.log2()
+    return rounded, sums * torch.exp2(shift - rounded)
+
+
 def fill(
     hidden: Tensor,
     rows: Rows,
@@ -82,18 +103,24 @@ def fill(
     step = stride(n, hidden.device)
     values = buffer[: vocab * step].view(vocab, step)[:, :n]
     none = torch.full_like(rows.targets, -1)
-    shift = h.new_full((n,), -torch.inf, dtype=accumulator_dtype(head.dtype))
+    guess = empty_sum(h[:, 0].to(accumulator_dtype(head.dtype)))
     for _, weight, bias in head.panels() if exact else [next(head.panels(PROBE))]:
-        part, _ = backend.lse_and_target(h, weight, bias, none, head.transform, max_bytes // 8)
-        shift = torch.logaddexp(shift, part)
-    sums, picked = torch.zeros_like(shift), torch.zeros_like(shift)
+        *part, _ = backend.lse_and_target(h, weight, bias, none, head.transform, max_bytes // 8)
+        guess = merge(guess, part)
+    shift, _ = normalized(*guess)
+    sums, target = torch.zeros_like(shift), torch.zeros_like(shift)
     for v0, weight, bias in head.panels():
         part = values[v0 : v0 + weight.shape[0]]
         backend.exp_panel(
-            h, weight, bias, shift, rows.targets, v0, head.transform, part, sums, picked,
+            h, weight, bias, shift, rows.targets, v0, head.transform, part, sums, target,
             max_bytes=slack(max_bytes),
         )  # fmt: skip
-    lse = shift + sums.log()
-    entry = sums * torch.expm1(picked - lse) * head.transform.slope(picked)
-    put_targets_(values, rows.targets, 0, entry)
-    return Panel(rows, h, values, picked - lse, lse, sums)
+    logps = (target - sums.log2()) * LN2
+    put_targets_(values, rows.targets, 0, target_entry(logps, shift, sums, head.transform))
+    return Panel(rows, h, values, logps, shift, sums)
+
+
+def target_entry(logps: Tensor, shift: Tensor, sums: Tensor, transform: Transform) -> Tensor:
+    """``S * (p - 1) * dz/dx`` of every row's target, (n,)."""
+    logit = logps + (shift + sums.log2()) * LN2
+    return sums * torch.expm1(logps) * transform.slope(logit)

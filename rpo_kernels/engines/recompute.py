@@ -1,19 +1,20 @@
 """Log-probs of tokens, and their gradient by recomputation: 4U exact, for any upstream gradient
 (design of the engine).
 
-Forward, 1U: the backend walks the vocabulary in tiles and keeps two numbers a row, log-sum-exp and
-    the target's logit.
+Forward, 1U: the backend walks the vocabulary in tiles and keeps three numbers a row, the pair
+    ``(c, S)`` of its log-sum-exp (see `panel`) and the target's logit.
 
 Backward, 3U, for ``g = d loss / d logp``, one number a row. With ``P`` the softmax,
 
     dlogits = g * (onehot - P),    dH = dlogits @ W,    dW = dlogits^T @ H.
 
-Walk the vocabulary in panels; recompute ``Q = P - onehot`` of the panel, vocabulary-major; `g`
-never touches the panel: it scales rows of ``H`` before, and rows of ``dH`` after the matmuls, which
-are N x D instead of N x V:
+Walk the vocabulary in panels; recompute ``E = S * (P - onehot)`` of the panel, vocabulary-major,
+with ``c`` so close to the log-sum-exp that S only holds its rounding; `g` and `S` never touch the
+panel: they scale rows of ``H`` before, and rows of ``dH`` after the matmuls, which are N x D instead
+of N x V:
 
-    dW[panel] = Q @ (-g * H)            one matmul over all N rows of a chunk, written once
-    dH       += Q^T @ W[panel]          then scaled by -g
+    dW[panel] = E @ (-g / S * H)        one matmul over all N rows of a chunk, written once
+    dH       += E^T @ W[panel]          then scaled by -g / S
 
 `g` is divided by a power of two first (exactly, the one above its largest magnitude), so that fp16
 does not underflow and no denormals arise. The target's entry ``p - 1`` is placed as
@@ -32,7 +33,18 @@ from torch import Tensor
 
 from rpo_kernels.engines import skipping
 from rpo_kernels.engines.matmul import matmul_into, put_targets_
-from rpo_kernels.engines.panel import MAX_SUM, capacity, fill, slack, stride
+from rpo_kernels.engines.panel import (
+    LN2,
+    MAX_SUM,
+    capacity,
+    empty_sum,
+    fill,
+    merge,
+    normalized,
+    slack,
+    stride,
+    target_entry,
+)
 from rpo_kernels.rows import Rows
 from rpo_kernels.spec import Head, accumulator_dtype
 
@@ -40,25 +52,27 @@ from rpo_kernels.spec import Head, accumulator_dtype
 def forward(
     hidden: Tensor, rows: Rows, head: Head, backend: ModuleType, max_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(logps, lse)``, each (N,), of the kept rows of `hidden` (M, D)."""
+    """Return ``logps (N,)`` and ``norm (N, 2)``, the columns c and S, of the kept rows of `hidden`
+    (M, D).
+    """
     total, width = rows.targets.shape[0], hidden.shape[1]
     logps = hidden.new_empty(total, dtype=accumulator_dtype(head.dtype))
-    lse = torch.empty_like(logps)
+    norm = logps.new_empty(total, 2)
     size = max(1, max_bytes // (4 * width * head.dtype.itemsize))
     for start, stop in rows.chunks(size):
         h, targets = rows.take(hidden, start, stop).to(head.dtype), rows.targets[start:stop]
-        found = lse.new_full((stop - start,), -torch.inf)
-        picked = torch.zeros_like(found)
+        found, target = empty_sum(logps[start:stop]), torch.zeros_like(logps[start:stop])
         for v0, weight, bias in head.panels():
-            inside = targets - v0
-            inside = torch.where((inside >= 0) & (inside < weight.shape[0]), inside, -1)
-            part, logit = backend.lse_and_target(
-                h, weight, bias, inside, head.transform, max_bytes // 2
+            local = targets - v0
+            inside = (local >= 0) & (local < weight.shape[0])
+            *part, y = backend.lse_and_target(
+                h, weight, bias, torch.where(inside, local, -1), head.transform, max_bytes // 2
             )
-            found, picked = torch.logaddexp(found, part), picked + logit
-        lse[start:stop] = found
-        logps[start:stop] = picked - found
-    return logps, lse
+            before, found = found, merge(found, part)
+            target = torch.where(inside, y + (part[0] - found[0]), target + (before[0] - found[0]))
+        logps[start:stop] = (target - found[1].log2()) * LN2
+        norm[start:stop] = torch.stack(normalized(*found), 1)
+    return logps, norm
 
 
 def forward_skipping(
@@ -77,16 +91,16 @@ def forward_skipping(
         edges: row numbers (0 to N) that no block crosses: where `g` changes, if that is known.
 
     Returns:
-        ``logps (N,)``, ``lse (N,)``, ``keep (blocks, V)`` bool, and ``mass (2, blocks)``: dropped
-        and total.
+        ``logps (N,)``, ``norm (N, 2)``, ``keep (blocks, V)`` bool, and ``mass (2, blocks)``:
+        dropped and total.
     """
     total, (vocab, width) = rows.targets.shape[0], head.weight.shape
     room = max(1, capacity(vocab, width, head.dtype.itemsize, max_bytes))
     blocks = skipping.split_rows(edges)
     logps = hidden.new_empty(total, dtype=accumulator_dtype(head.dtype))
-    lse = torch.empty_like(logps)
+    norm = logps.new_empty(total, 2)
     keep = torch.empty(len(blocks), vocab, dtype=torch.bool, device=hidden.device)
-    mass = lse.new_empty(2, len(blocks))
+    mass = logps.new_empty(2, len(blocks))
     size = min(room, total)
     buffer = hidden.new_empty(vocab * stride(size, hidden.device), dtype=head.dtype)
     first = 0
@@ -106,9 +120,10 @@ def forward_skipping(
             panel.values, panel.sums, part.targets, ones, tolerance, local, together=False
         )
         mass[:, first:last] = torch.stack(found)
-        logps[start:stop], lse[start:stop] = panel.logps, panel.lse
+        logps[start:stop] = panel.logps
+        norm[start:stop] = torch.stack(normalized(panel.shift, panel.sums), 1)
         first = last
-    return logps, lse, keep, mass
+    return logps, norm, keep, mass
 
 
 def skipped_share(coef: Tensor, offsets: list[int], mass: Tensor | None) -> Tensor:
@@ -156,10 +171,16 @@ def _unit(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(largest > 0, torch.exp2(largest.log2().ceil()), 1)
 
 
+def _coefficients(grad: Tensor, sums: Tensor, top: Tensor) -> Tensor:
+    """``-g / S`` over `top`, for the rows of H in matmuls: no denormals."""
+    unit = -grad / top
+    return torch.where(unit.abs() < 1e-20, 0, unit / sums)
+
+
 def backward(
     grad: Tensor,
     logps: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     hidden: Tensor,
     rows: Rows,
     head: Head,
@@ -170,7 +191,7 @@ def backward(
     """Gradients of ``sum(grad * logps)`` for hidden, weight and bias, where `needs` asks for them.
 
     Args:
-        grad, logps, lse: (M,) upstream gradient, and what `forward` found.
+        grad: (M,) upstream gradient. logps (M,), norm (M, 2): what `forward` found.
         hidden: (M, D); rows: the kept ones, those whose gradient is not 0.
         head: output layer. backend: tile arithmetic. max_bytes: workspace.
         needs: for hidden, weight, bias.
@@ -178,11 +199,11 @@ def backward(
     need_h, need_w, need_b = needs
     (total, width), vocab = (rows.targets.shape[0], hidden.shape[1]), head.weight.shape[0]
     acc_dtype = accumulator_dtype(head.dtype)
-    grad, logps, lse = (rows.take(x, 0, total) for x in (grad, logps, lse))
+    grad, logps, norm = (rows.take(x, 0, total) for x in (grad, logps, norm))
+    shift, sums = norm.unbind(1)
     top = _unit(grad, head.dtype)
-    unit = -grad / top
-    coef = torch.where(unit.abs() < 1e-20, 0, unit)  # for H rows in matmuls: no denormals
-    target_entry = torch.expm1(logps) * head.transform.slope(logps + lse)
+    coef = _coefficients(grad, sums, top)
+    entry = target_entry(logps, shift, sums, head.transform)
     n, p = _shape(total, vocab, width, head.dtype.itemsize, max_bytes, hidden.device.type == "cpu")
     d_rows = hidden.new_zeros(total, width, dtype=acc_dtype) if need_h else None
     blank = torch.empty_like if total else torch.zeros_like
@@ -204,10 +225,10 @@ def backward(
                 weight.shape[0], stop - start
             )
             backend.exp_panel(
-                h, weight, bias, lse[start:stop], targets, v0, head.transform, panel,
+                h, weight, bias, shift[start:stop], targets, v0, head.transform, panel,
                 max_bytes=slack(max_bytes),
             )  # fmt: skip
-            put_targets_(panel, targets, v0, target_entry[start:stop])
+            put_targets_(panel, targets, v0, entry[start:stop])
             if d_rows is not None:
                 matmul_into(d_rows[start:stop], panel.t(), weight, accumulate=v0 > 0)
             if d_weight is not None:
@@ -219,14 +240,14 @@ def backward(
             torch.mul(dw, top, out=d_weight[v0 : v0 + p])
         if d_bias is not None:
             torch.mul(db[:, 0], top, out=d_bias[v0 : v0 + p])
-    d_hidden = None if d_rows is None else rows.put(hidden, d_rows.mul_(-grad[:, None]))
+    d_hidden = None if d_rows is None else rows.put(hidden, d_rows.mul_((-grad / sums)[:, None]))
     return d_hidden, d_weight, d_bias
 
 
 def backward_skipping(
     grad: Tensor,
     logps: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     hidden: Tensor,
     rows: Rows,
     head: Head,
@@ -243,8 +264,11 @@ def backward_skipping(
     need_h, need_w, need_b = needs
     acc = accumulator_dtype(head.dtype)
     total, width = rows.targets.shape[0], hidden.shape[1]
-    grad, logps, lse = (rows.take(x, 0, total) for x in (grad, logps, lse))
+    grad, logps, norm = (rows.take(x, 0, total) for x in (grad, logps, norm))
+    shift, sums = norm.unbind(1)
     top = _unit(grad, head.dtype)
+    coef = _coefficients(grad, sums, top)
+    entry = target_entry(logps, shift, sums, head.transform)
     d_rows = hidden.new_zeros(total, width, dtype=acc) if need_h else None
     d_weight = torch.zeros_like(head.weight, dtype=acc) if need_w else None
     d_bias = torch.zeros_like(head.weight[:, 0], dtype=acc) if need_b else None
@@ -257,10 +281,7 @@ def backward_skipping(
             continue
         part = rows.subset(used)
         h = part.take(hidden, 0, used.shape[0]).to(head.dtype)
-        unit = -grad[used] / top
-        coef = torch.where(unit.abs() < 1e-20, 0, unit)
-        scaled = (h * coef[:, None]).to(head.dtype)
-        entry = torch.expm1(logps[used]) * head.transform.slope(logps[used] + lse[used])
+        scaled = (h * coef[used, None]).to(head.dtype)
         where = torch.searchsorted(index, part.targets)
         d_part = h.new_zeros(h.shape, dtype=acc)
         for v0 in range(0, index.shape[0], skipping.GATHER):
@@ -268,16 +289,16 @@ def backward_skipping(
             weight = head.weight.index_select(0, chosen).to(head.dtype)
             bias = None if head.bias is None else head.bias[chosen]
             panel = h.new_empty(chosen.shape[0], h.shape[0])
-            backend.exp_panel(h, weight, bias, lse[used], where, v0, head.transform, panel)
-            put_targets_(panel, where, v0, entry)
+            backend.exp_panel(h, weight, bias, shift[used], where, v0, head.transform, panel)
+            put_targets_(panel, where, v0, entry[used])
             if d_rows is not None:
                 matmul_into(d_part, panel.t(), weight, accumulate=True)
             if d_weight is not None:
                 d_weight.index_add_(0, chosen, torch.mm(panel, scaled).to(acc))
             if d_bias is not None:
-                d_bias.index_add_(0, chosen, torch.mv(panel, coef.to(panel.dtype)).to(acc))
+                d_bias.index_add_(0, chosen, torch.mv(panel, coef[used].to(panel.dtype)).to(acc))
         if d_rows is not None:
-            d_rows[used] = d_part.mul_(-grad[used, None])
+            d_rows[used] = d_part.mul_((-grad / sums)[used, None])
     return (
         None if d_rows is None else rows.put(hidden, d_rows),
         None if d_weight is None else d_weight.mul_(top).to(head.weight.dtype),
