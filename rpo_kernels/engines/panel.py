@@ -11,7 +11,7 @@ every row's largest one,
 so that ``E = S * (P - onehot) * dz/dx``: never normalized elementwise, since ``1 / S`` can scale
 rows of the matmuls' small operands instead.
 
-A log-sum-exp is kept as the pair ``(c, S)``, here and in `recompute`: as one float32 number it would
+A log-sum-exp is kept as the pair ``(c, S)``, in `recompute` too: as one float32 number it would
 round to eps * |z|, and so would every probability.
 
 ``c`` is the log-sum-exp over the first `PROBE` vocabulary entries. A row whose largest logit lies

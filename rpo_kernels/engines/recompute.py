@@ -10,8 +10,8 @@ Backward, 3U, for ``g = d loss / d logp``, one number a row. With ``P`` the soft
 
 Walk the vocabulary in panels; recompute ``E = S * (P - onehot)`` of the panel, vocabulary-major,
 with ``c`` so close to the log-sum-exp that S only holds its rounding; `g` and `S` never touch the
-panel: they scale rows of ``H`` before, and rows of ``dH`` after the matmuls, which are N x D instead
-of N x V:
+panel: they scale rows of ``H`` before, and rows of ``dH`` after the matmuls, which are N x D and
+not N x V:
 
     dW[panel] = E @ (-g / S * H)        one matmul over all N rows of a chunk, written once
     dH       += E^T @ W[panel]          then scaled by -g / S
