@@ -5,12 +5,14 @@ import json
 import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.nn.functional import logsigmoid
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trainer.config import RunConfig
 from trainer.data import BadRows, check_record
-from trainer.encoding import Split, encode_rows
-from trainer.model import PreferenceModel, fuse_lm_head, loss_options
+from trainer.encoding import IGNORE, Split, encode_rows
+from trainer.head import FusedLMHead, fuse_lm_head
+from trainer.model import PreferenceModel, loss_options
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -35,23 +37,57 @@ def tiny_tokenizer(chat_template=CHATML):
     )
 
 
-def tiny_llama(tied=True, seed=0):
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # far from uniform, so that differences show
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GEMMA = {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 32}
+VISION |= {"num_attention_heads": 2, "patch_size": 8}
+# What makes an architecture's own transforms, windows and sizes show.
+OWN = {
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 0.25, "sliding_window": 16},
+    "gemma": {"head_dim": 8},
+    "gemma2": GEMMA | {"sliding_window": 16, "final_logit_softcapping": 5.0},
+    "gemma3_text": GEMMA | {"sliding_window": 16, "final_logit_softcapping": 5.0},
+    "granite": {"logits_scaling": 4.0},
+    "granitemoe": {"logits_scaling": 4.0, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mistral": {"sliding_window": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo3": {"sliding_window": 16},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+
+
+def tiny_model(kind, seed=0, **fields):
+    """A random model of an architecture (`config.model_type`), all parameters random."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,  # far from uniform, so that differences show
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    if kind == "gemma3":  # a language model nested in a vision-language one
+        text = AutoConfig.for_model("gemma3_text", **SIZES | OWN["gemma3_text"] | fields)
+        text.final_logit_softcapping = None
+        config = AutoConfig.for_model(kind, text_config=text, vision_config=VISION)
+        config.mm_tokens_per_image = 4
+    else:
+        config = AutoConfig.for_model(kind, **SIZES | OWN.get(kind, {}) | fields)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() < 2:  # norms and biases, which would be ones and zeros
+            torch.nn.init.normal_(parameter, parameter.mean().item(), 0.1)
+    return model.eval()
+
+
+def tiny_llama(tied=True, seed=0):
+    return tiny_model("llama", seed, tie_word_embeddings=tied)
 
 
 def chat(prompt, *turns):
@@ -87,9 +123,9 @@ def tiny_config(**fields):
 def tiny_policy(model=None, **fields):
     """A `PreferenceModel` around a tiny Llama, and an accelerator that adds nothing."""
     model = tiny_llama() if model is None else model
-    accelerator = Accelerator(cpu=True)
-    policy = PreferenceModel(fuse_lm_head(model), loss_options(tiny_config(**fields)))
-    return policy, accelerator
+    if type(model.get_output_embeddings()) is not FusedLMHead:
+        fuse_lm_head(model)
+    return PreferenceModel(model, loss_options(tiny_config(**fields))), Accelerator(cpu=True)
 
 
 def save_tiny(folder):
@@ -100,3 +136,42 @@ def save_tiny(folder):
 
 def as_split(pairs, ref_logps=None):
     return Split(pairs, {}, ref_logps)
+
+
+def shifted_reference(count):
+    """A reference away from the policy, so that every pair has its own slope."""
+    return torch.linspace(-60, -20, 2 * count).view(count, 2)
+
+
+def sequence_logps(model, sequences):
+    """Summed response log-probs by the model's own logits, one sequence at a time."""
+    logps = []
+    for sequence in sequences:
+        logits = model(input_ids=torch.tensor([sequence.ids])).logits[0]
+        labels = torch.tensor(sequence.labels)
+        kept = labels != IGNORE
+        picked = logits.log_softmax(-1)[kept].gather(1, labels[kept, None])
+        logps.append(picked.sum())
+    return torch.stack(logps)
+
+
+def rpo_by_hand(model, pairs, ref_logps, config):
+    """Design.md, section 1, on materialized logits."""
+    chosen = sequence_logps(model, [pair.chosen for pair in pairs])
+    rejected = sequence_logps(model, [pair.rejected for pair in pairs])
+    lengths = torch.tensor([float(pair.chosen.trained_tokens) for pair in pairs])
+    margin = config.beta * ((chosen - ref_logps[:, 0]) - (rejected - ref_logps[:, 1]))
+    weight, sft = {
+        "sum": (config.eta * config.beta, -chosen.mean()),
+        "sequence_mean": (config.eta, -(chosen / lengths).mean()),
+        "token_mean": (config.eta, -chosen.sum() / lengths.sum()),
+    }[config.sft_reduction]
+    return -logsigmoid(margin).mean() + weight * sft
+
+
+def gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()

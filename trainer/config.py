@@ -25,7 +25,12 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "trainer" / "recipes" / "smollm2-cpu.yaml"
 # Overriding the second on the command line drops the recipe's first: it described the old one.
-BELONGS_TO = {"gguf_file": "model_name_or_path", "eval_file": "train_file"}
+BELONGS_TO = {
+    "gguf_file": "model_name_or_path",
+    "logit_scale": "model_name_or_path",
+    "logit_softcap": "model_name_or_path",
+    "eval_file": "train_file",
+}
 
 
 class InputError(ValueError):
@@ -42,6 +47,10 @@ class RunConfig:
     """JSONL or Parquet files of training pairs, from the working directory or the repository."""
     gguf_file: str | None = None
     """Name of a GGUF file inside the model folder; its weights are dequantized."""
+    logit_scale: float | None = None
+    """Factor on lm_head's output, for an architecture that the trainer does not know."""
+    logit_softcap: float | None = None
+    """Softcap of lm_head's output, for an architecture that the trainer does not know."""
     eval_file: tuple[str, ...] = ()
     """JSONL or Parquet files of held-out pairs; none means no evaluation."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -123,6 +132,8 @@ class RunConfig:
 
 
 _RANGES = {
+    "logit_scale": ("null or a number > 0", lambda x: 0 < x < float("inf")),
+    "logit_softcap": ("null or a number > 0", lambda x: 0 < x < float("inf")),
     "max_length": ("an integer >= 8", lambda x: x >= 8),
     "beta": ("a number > 0", lambda x: 0 < x < float("inf")),
     "eta": ("a number >= 0", lambda x: 0 <= x < float("inf")),

@@ -1,4 +1,4 @@
-"""The policy: loading it, fusing its head with the loss, checking that nothing changed, saving.
+"""The policy: loading it, its forward to the loss, checking that nothing changed, saving.
 
     B pairs, T packed tokens, D hidden size, V vocabulary
 
@@ -28,6 +28,7 @@ from transformers import (
 
 from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs
 from trainer.config import InputError, RunConfig
+from trainer.head import fuse_lm_head
 from trainer.packing import Batch
 
 PACKAGE = "package:"
@@ -94,24 +95,24 @@ def load_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBas
         ) from None
 
 
-def load_model(source: str, gguf_file: str | None) -> PreTrainedModel:
+def load_model(source: str, config: RunConfig) -> PreTrainedModel:
     """Load a causal language model in float32, without dropout, its head a `FusedLMHead`."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=gguf_file, dtype=torch.float32
+            source, gguf_file=config.gguf_file, dtype=torch.float32
         )
     except (OSError, ValueError) as error:
         raise InputError(
             f"model_name_or_path: cannot load a model from {source}: {error}"
         ) from None
-    if gguf_file is not None:
+    if config.gguf_file is not None:
         model = _unquantized(model)
     for module in model.modules():  # policy and reference must agree at step 0
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    return fuse_lm_head(model)
+    return fuse_lm_head(model, config.logit_scale, config.logit_softcap)
 
 
 def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
@@ -126,62 +127,6 @@ def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
     return clean
 
 
-class FusedLMHead(nn.Linear):
-    """An output layer (V, D) that also computes the preference loss, without logits.
-
-    It holds lm_head's own parameters under their own names, so generation, saving, tying and peft
-    see an ordinary Linear.
-    """
-
-    def __init__(
-        self, head: nn.Linear, logit_scale: float = 1.0, logit_softcap: float | None = None
-    ) -> None:
-        """Take over `head`'s parameters; scale, softcap: what the model does to its logits."""
-        super().__init__(
-            head.in_features, head.out_features, bias=head.bias is not None, device="meta"
-        )
-        self.weight, self.bias = head.weight, head.bias
-        self.logit_scale, self.logit_softcap = logit_scale, logit_softcap
-
-    def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, **loss: object
-    ) -> Tensor | RPOOutput:
-        """`fused_rpo_loss` of hidden (T, D), labels (T,); without labels, logits (..., V)."""
-        if labels is None:
-            return super().forward(hidden)
-        ref_logps = loss.pop("ref_logps")
-        return fused_rpo_loss(hidden, self.weight, labels, ref_logps, **self.transform(), **loss)
-
-    def transform(self) -> dict[str, object]:
-        """Bias, scale and softcap, as `rpo_kernels` takes them."""
-        return {
-            "bias": self.bias,
-            "logit_scale": self.logit_scale,
-            "logit_softcap": self.logit_softcap,
-        }
-
-
-def fuse_lm_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace the model's output layer, in place, by a `FusedLMHead` with the same parameters.
-
-    Raises:
-        InputError: the output layer is not a plain Linear.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise InputError(
-            f"{type(model).__name__}: expected an output layer of type Linear, "
-            f"got {type(head).__name__}"
-        )
-    config = model.config
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    fused = FusedLMHead(head, scale, softcap)
-    model.set_output_embeddings(fused)
-    return model
-
-
 class PreferenceModel(nn.Module):
     """A causal language model whose forward is the loss of a batch of preference pairs."""
 
@@ -191,9 +136,15 @@ class PreferenceModel(nn.Module):
         self.model = model
         self.options = options
 
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The transformers model, below peft's wrapper where there is one."""
+        wrapped = hasattr(self.model, "get_base_model")
+        return self.model.get_base_model() if wrapped else self.model
+
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states (T, D) of a packed batch, in which no sequence sees another."""
-        output = self.model.base_model(
+        output = self.language_model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
         )
         return output.last_hidden_state[0]
@@ -212,7 +163,7 @@ class PreferenceModel(nn.Module):
         """
         hidden = self.hidden(batch)
         hidden = hidden[: len(batch.labels)]  # a batch without pairs has one token, no label
-        head = self.model.get_output_embeddings()
+        head = self.language_model.get_output_embeddings()
         return head(
             hidden, batch.labels, cu_seqlens=batch.cu_seqlens, ref_logps=ref_logps,
             num_pairs=num_pairs, num_chosen_tokens=num_chosen_tokens, **self.options,
@@ -227,7 +178,7 @@ def check_model(model: PreferenceModel, batch: Batch) -> None:
         InputError: this architecture lets packed sequences see each other, or transforms its logits
             in another way.
     """
-    packed, language_model = model.hidden(batch), model.model
+    packed, language_model = model.hidden(batch), model.language_model
     name, ends = type(language_model).__name__, batch.cu_seqlens.tolist()
     head = language_model.get_output_embeddings()
     for start, stop in zip(ends, ends[1:], strict=False):
@@ -245,8 +196,9 @@ def check_model(model: PreferenceModel, batch: Batch) -> None:
     fused = linear_logprobs(last, head.weight, targets, **head.transform())
     if (fused - expected).norm() > HEAD_TOLERANCE * expected.norm():
         raise InputError(
-            f"{name}: its logits are not softcap(scale * lm_head(hidden)), "
-            "so the fused head cannot replace them"
+            f"{name}: its logits are not softcap(scale * lm_head(hidden)) with "
+            f"scale {head.logit_scale} and softcap {head.logit_softcap}; pass the right "
+            "logit_scale and logit_softcap, if there are any"
         )
 
 

@@ -51,7 +51,7 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     splits = {k: encode_rows(v, tokenizer, config.max_length, bad) for k, (v, bad) in rows.items()}
     log = report.RunLog(config, {name: split.report for name, split in splits.items()})
 
-    model = PreferenceModel(load_model(source, config.gguf_file), options).to(accelerator.device)
+    model = PreferenceModel(load_model(source, config), options).to(accelerator.device)
     check_model(model, pack(splits["train"].pairs, (0,)).to(accelerator.device))
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     plans = plan(config, splits, accelerator.num_processes)
