@@ -20,7 +20,7 @@ from trainer.config import InputError
 from trainer.head import DIVIDED, MULTIPLIED, PLAIN, SOFTCAPPED, FusedLMHead, fuse_lm_head
 from trainer.loop import run_step
 from trainer.model import check_model, save_model
-from trainer.packing import Step, pack
+from trainer.packing import Step
 
 STEP = Step((((0, 1),),))
 
@@ -35,7 +35,7 @@ def own_loss_and_gradient(model, split):
 def fused_loss_and_gradient(model, split):
     model.zero_grad()
     policy, accelerator = tiny_policy(model, eta=0.5)
-    check_model(policy, pack(split.pairs, (0, 1)))
+    check_model(policy, split.pairs[0])
     return run_step(policy, split, STEP, accelerator, train=True)[0].item(), gradient(model)
 
 
@@ -64,7 +64,7 @@ def test_a_missed_logit_transform_is_noticed(kind):
     head = policy.model.get_output_embeddings()
     head.logit_softcap, head.logit_scale = None, 1.0
     with pytest.raises(InputError, match="its logits are not softcap.*pass the right"):
-        check_model(policy, pack(tiny_split(2).pairs, (0, 1)))
+        check_model(policy, tiny_split(1).pairs[0])
 
 
 def test_a_head_that_is_no_linear_is_refused():

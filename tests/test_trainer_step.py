@@ -13,42 +13,17 @@ from trainer_tiny import (
     shifted_reference,
     tiny_config,
     tiny_llama,
-    tiny_model,
     tiny_policy,
     tiny_split,
 )
 
 from trainer.config import InputError
 from trainer.loop import check_finite, evaluate, evaluation_step, run_step
-from trainer.model import check_model, locate_model, loss_options
+from trainer.model import locate_model, loss_options
 from trainer.packing import Step, first_visits, pack, plan_pass, plan_training
 from trainer.reference import needs_reference, reference_logps
 
 LN2 = math.log(2)
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma2", "gpt2"])
-def test_packed_sequences_do_not_see_each_other(kind):
-    policy, _ = tiny_policy(tiny_model(kind))
-    batch = pack(tiny_split(3).pairs, (0, 1, 2))
-    check_model(policy, batch)
-    packed, ends = policy.hidden(batch), batch.cu_seqlens.tolist()
-    for start, stop in zip(ends, ends[1:], strict=False):
-        ids = batch.input_ids[:, start:stop]
-        alone = policy.model.base_model(input_ids=ids).last_hidden_state[0]
-        assert relative(packed[start:stop], alone) < 1e-5
-
-
-def test_a_leak_between_packed_sequences_is_noticed(monkeypatch):
-    policy, _ = tiny_policy()
-    backbone, forward = policy.model.base_model, policy.model.base_model.forward
-
-    def without_positions(*, position_ids=None, **inputs):
-        return forward(**inputs)
-
-    monkeypatch.setattr(backbone, "forward", without_positions)
-    with pytest.raises(InputError, match="LlamaForCausalLM: packed sequences influence each other"):
-        check_model(policy, pack(tiny_split(2).pairs, (0, 1)))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "sequence_mean", "token_mean"])

@@ -58,7 +58,8 @@ OWN = {
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25, "sliding_window": 16},
     "gemma": {"head_dim": 8},
-    "gemma2": GEMMA | {"sliding_window": 16, "final_logit_softcapping": 5.0},
+    "gemma2": GEMMA
+    | {"sliding_window": 16, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 0.5},
     "gemma3_text": GEMMA | {"sliding_window": 16, "final_logit_softcapping": 5.0},
     "granite": {"logits_scaling": 4.0},
     "granitemoe": {"logits_scaling": 4.0, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -156,9 +157,15 @@ def sequence_logps(model, sequences):
 
 
 def rpo_by_hand(model, pairs, ref_logps, config):
-    """Design.md, section 1, on materialized logits."""
-    chosen = sequence_logps(model, [pair.chosen for pair in pairs])
-    rejected = sequence_logps(model, [pair.rejected for pair in pairs])
+    """The loss of pairs on materialized logits, one sequence at a time."""
+    columns = ([getattr(pair, name) for pair in pairs] for name in ("chosen", "rejected"))
+    logps = torch.stack([sequence_logps(model, sequences) for sequences in columns], 1)
+    return rpo_loss_by_hand(logps, pairs, ref_logps, config)
+
+
+def rpo_loss_by_hand(logps, pairs, ref_logps, config):
+    """The paper's loss (B pairs) of summed log-probs (B, 2) and the reference's (B, 2)."""
+    chosen, rejected = logps.unbind(1)
     lengths = torch.tensor([float(pair.chosen.trained_tokens) for pair in pairs])
     margin = config.beta * ((chosen - ref_logps[:, 0]) - (rejected - ref_logps[:, 1]))
     weight, sft = {

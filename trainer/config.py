@@ -96,6 +96,8 @@ class RunConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the matmuls (bfloat16: autocast); weights, gradients and moments are float32."""
+    prefix_sharing: bool = True
+    """Whether tokens that both sequences of a pair begin with are computed once; same loss."""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Backend of the fused head: `auto` is Triton on GPUs and PyTorch elsewhere."""
     max_workspace_mb: float | None = None

@@ -37,6 +37,8 @@ class Pair:
 
     chosen: Sequence
     rejected: Sequence
+    shared: int = 0
+    """Tokens that both begin with and that are computed once (`packing.share_prefixes`)."""
 
     @property
     def tokens(self) -> int:

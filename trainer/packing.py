@@ -1,6 +1,6 @@
 """Which pairs each optimizer step sees, and how pairs become one batch without padding.
 
-B pairs, 2B sequences (chosen first), T tokens of all sequences together.
+    B pairs, 2B sequences (chosen first), T packed tokens, N trained tokens of all sequences
 
 The plan of the whole run is made before it starts and is the same on every rank: a step's pairs do
 not depend on how it is split over micro-batches and ranks, and the counts that the loss divides by
@@ -10,12 +10,14 @@ are known without communication.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.encoding import Pair
+from trainer.attention import PairLayout
+from trainer.encoding import IGNORE, Pair
 
 Indices = tuple[int, ...]
 
@@ -34,23 +36,28 @@ class Step:
 
 @dataclass(frozen=True)
 class Batch:
-    """B packed pairs: one row of sequences, chosen ones first; positions restart at each."""
+    """B packed pairs in one row; each is its prefix, the rest of chosen, the rest of rejected."""
 
     input_ids: Tensor
     """(1, T) int64."""
     position_ids: Tensor
-    """(1, T) int64, 0 at the start of every sequence."""
+    """(1, T) int64, a token's place in its own sequence."""
+    layout: PairLayout
+    """Which of the T tokens see which."""
+    rows: Tensor
+    """(N,) int64, the token whose hidden state predicts each trained token; a prefix's last token
+    predicts the first of both responses."""
     labels: Tensor
-    """(T,) int64, aligned with hidden states: the next token where it is trained on, else -100."""
+    """(N,) int64, the trained tokens, sequence by sequence, chosen ones first."""
     cu_seqlens: Tensor
-    """(2B + 1,) int32, where every sequence starts, and T."""
+    """(2B + 1,) int32, where every sequence's trained tokens start, and N."""
     indices: Indices
     """The B pairs' places in their data set."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        tensors = (self.input_ids, self.position_ids, self.labels, self.cu_seqlens)
-        return Batch(*(tensor.to(device) for tensor in tensors), self.indices)
+        names = ("input_ids", "position_ids", "rows", "labels", "cu_seqlens")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def _split(indices: list[int], parts: int) -> list[Indices]:
@@ -113,19 +120,41 @@ def first_visits(steps: list[Step]) -> list[Step]:
     return steps
 
 
+def share_prefixes(pairs: list[Pair]) -> list[Pair]:
+    """The same pairs, the tokens that both sequences begin with marked as computed once."""
+    return [replace(pair, shared=_common(pair.chosen.ids, pair.rejected.ids)) for pair in pairs]
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Length of the longest common prefix."""
+    size = min(len(a), len(b))
+    differs = np.asarray(a[:size]) != np.asarray(b[:size])
+    return int(differs.argmax()) if differs.any() else size
+
+
 def pack(pairs: list[Pair], indices: Indices) -> Batch:
     """Pack the pairs at `indices`; no pair at all becomes one token that nothing is trained on."""
-    chosen, rejected = [pairs[i].chosen for i in indices], [pairs[i].rejected for i in indices]
-    sequences = chosen + rejected
-    lengths = [len(sequence.ids) for sequence in sequences]
-    ids = [token for sequence in sequences for token in sequence.ids] or [0]
-    positions = [position for length in lengths for position in range(length)] or [0]
-    labels = [label for sequence in sequences for label in sequence.labels]
-    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    picked = [pairs[i] for i in indices]
+    ids = [t for pair in picked for t in (*pair.chosen.ids, *pair.rejected.ids[pair.shared :])]
+    lengths = [
+        (pair.shared, len(pair.chosen.ids) - pair.shared, len(pair.rejected.ids) - pair.shared)
+        for pair in picked
+    ]
+    layout = PairLayout(tuple(lengths) or ((1, 0, 0),))
+    sequences = [pair.chosen for pair in picked] + [pair.rejected for pair in picked]
+    rows, labels, counts = [torch.empty(0, dtype=torch.long)], [], [0]
+    for sequence, places in zip(sequences, layout.sequences(), strict=False):
+        targets = torch.as_tensor(sequence.labels, dtype=torch.long)
+        trained = targets != IGNORE
+        rows.append(places[trained])
+        labels.append(targets[trained])
+        counts.append(len(labels[-1]))
     return Batch(
-        torch.tensor([ids]),
-        torch.tensor([positions]),
-        torch.tensor(labels, dtype=torch.long),
-        ends,
+        torch.tensor([ids or [0]]),
+        layout.positions()[None],
+        layout,
+        torch.cat(rows),
+        torch.cat([rows[0], *labels]),
+        torch.tensor(counts).cumsum(0, dtype=torch.int32),
         indices,
     )

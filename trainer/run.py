@@ -35,7 +35,7 @@ from trainer.model import (
     loss_options,
     save_model,
 )
-from trainer.packing import Step, pack, plan_training
+from trainer.packing import Step, plan_training, share_prefixes
 from trainer.reference import needs_reference, reference_logps
 
 
@@ -49,10 +49,13 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     rows = read_splits(config)
     tokenizer = load_tokenizer(source, config.gguf_file)
     splits = {k: encode_rows(v, tokenizer, config.max_length, bad) for k, (v, bad) in rows.items()}
+    if config.prefix_sharing:
+        for split in splits.values():
+            split.pairs = share_prefixes(split.pairs)
     log = report.RunLog(config, {name: split.report for name, split in splits.items()})
 
     model = PreferenceModel(load_model(source, config), options).to(accelerator.device)
-    check_model(model, pack(splits["train"].pairs, (0,)).to(accelerator.device))
+    check_model(model, splits["train"].pairs[0])
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     plans = plan(config, splits, accelerator.num_processes)
     if needs_reference(config.loss_type):
