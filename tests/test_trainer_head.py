@@ -21,13 +21,15 @@ from trainer.head import DIVIDED, MULTIPLIED, PLAIN, SOFTCAPPED, FusedLMHead, fu
 from trainer.loop import run_step
 from trainer.model import check_model, save_model
 from trainer.packing import Step
+from trainer.reference import lookup
 
 STEP = Step((((0, 1),),))
+REFERENCE = shifted_reference(2)
 
 
 def own_loss_and_gradient(model, split):
     model.zero_grad()
-    loss = rpo_by_hand(model, split.pairs, split.ref_logps, tiny_config(eta=0.5))
+    loss = rpo_by_hand(model, split.pairs, REFERENCE, tiny_config(eta=0.5))
     loss.backward()
     return loss.item(), gradient(model)
 
@@ -42,7 +44,7 @@ def fused_loss_and_gradient(model, split):
 @pytest.mark.parametrize("kind", sorted(PLAIN | SOFTCAPPED | MULTIPLIED | DIVIDED))
 def test_the_fused_loss_is_that_of_the_model_s_own_logits(kind):
     model, split = tiny_model(kind), tiny_split(2)
-    split.ref_logps = shifted_reference(2)
+    split.reference = lookup(REFERENCE)
     loss, wanted = own_loss_and_gradient(model, split)
     fused, got = fused_loss_and_gradient(model, split)
     assert fused == pytest.approx(loss, rel=1e-5)
@@ -96,7 +98,7 @@ def test_a_fused_model_generates_and_saves_like_any_other(tied, tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_works_below_a_peft_model(tied, tmp_path):
     split = tiny_split(2)
-    split.ref_logps = shifted_reference(2)
+    split.reference = lookup(REFERENCE)
     model = fuse_lm_head(tiny_llama(tied))
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(model, lora).eval()

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from trainer_tiny import (
     as_split,
     gradient,
+    precomputed,
     relative,
     rpo_by_hand,
     shifted_reference,
@@ -21,7 +22,7 @@ from trainer.config import InputError
 from trainer.loop import check_finite, evaluate, evaluation_step, run_step
 from trainer.model import locate_model, loss_options
 from trainer.packing import Step, first_visits, pack, plan_pass, plan_training
-from trainer.reference import needs_reference, reference_logps
+from trainer.reference import lookup
 
 LN2 = math.log(2)
 
@@ -29,7 +30,8 @@ LN2 = math.log(2)
 @pytest.mark.parametrize("reduction", ["sum", "sequence_mean", "token_mean"])
 def test_gradients_do_not_depend_on_how_a_step_is_split(reduction):
     split = tiny_split(8)
-    split.ref_logps = shifted_reference(8)
+    ref_logps = shifted_reference(8)
+    split.reference = lookup(ref_logps)
     policy, accelerator = tiny_policy(sft_reduction=reduction, eta=0.5)
     order, results = list(range(8)), []
     for accumulation in (1, 2, 3, 8, 11):  # 3 is uneven, 11 has passes without any pair
@@ -43,7 +45,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_split(reduction):
 
     policy.zero_grad()  # averaging each pass by its own counts is another gradient
     for i in order:
-        batch, ref = pack(split.pairs, (i,)), split.ref_logps[i]
+        batch, ref = pack(split.pairs, (i,)), ref_logps[i]
         own = policy(batch, ref, 1, split.pairs[i].chosen.trained_tokens)
         (own.loss / 8).backward()
     differs = relative(gradient(policy), results[0][1])
@@ -55,7 +57,7 @@ def test_at_step_0_the_policy_is_the_reference(reduction):
     split = tiny_split(8)
     policy, accelerator = tiny_policy(sft_reduction=reduction)
     steps = plan_pass(list(range(8)), 4, 1, 2)
-    split.ref_logps = reference_logps(policy, split, steps, accelerator, "reference")
+    split.reference = precomputed(policy, split, steps, accelerator)
     for step in steps:
         values = run_step(policy, split, step, accelerator, train=True)
         assert values[1].item() == pytest.approx(LN2, abs=1e-6)
@@ -63,7 +65,7 @@ def test_at_step_0_the_policy_is_the_reference(reduction):
     assert before["eval/loss/dpo"] == pytest.approx(LN2, abs=1e-5)  # other batches, other rounding
 
     same = evaluation_step(8, 4, 1)
-    split.ref_logps = reference_logps(policy, split, [same], accelerator, "reference")
+    split.reference = precomputed(policy, split, [same], accelerator)
     before = evaluate(policy, split, same, accelerator)
     assert before["eval/loss/dpo"] == pytest.approx(LN2, abs=1e-7)
     assert (before["eval/rewards/accuracies"], before["eval/rewards/margins"]) == (0.5, 0.0)
@@ -71,9 +73,10 @@ def test_at_step_0_the_policy_is_the_reference(reduction):
 
 def test_without_eta_it_is_plain_dpo():
     split = tiny_split(4)
-    split.ref_logps = shifted_reference(4)
+    ref_logps = shifted_reference(4)
+    split.reference = lookup(ref_logps)
     model = tiny_llama()
-    rpo_by_hand(model, split.pairs, split.ref_logps, tiny_config(eta=0.0)).backward()
+    rpo_by_hand(model, split.pairs, ref_logps, tiny_config(eta=0.0)).backward()
     wanted = gradient(model)
     policy, accelerator = tiny_policy(eta=0.0)
     run_step(policy, split, Step((((0, 1, 2, 3),),)), accelerator, train=True)
@@ -81,7 +84,6 @@ def test_without_eta_it_is_plain_dpo():
 
 
 def test_reference_free_losses_need_no_reference():
-    assert needs_reference("sigmoid") and not needs_reference("simpo")
     policy, accelerator = tiny_policy(loss_type="simpo")
     step = Step((((0, 1),),))
     values = run_step(policy, as_split(tiny_split(2).pairs), step, accelerator, train=True)
@@ -94,7 +96,7 @@ def test_bfloat16_keeps_float32_weights_and_a_finite_loss():
     split = tiny_split(2)
     with torch.autocast("cpu", torch.bfloat16):
         step = Step((((0, 1),),))
-        split.ref_logps = reference_logps(policy, split, [step], accelerator, "reference")
+        split.reference = precomputed(policy, split, [step], accelerator)
         values = run_step(policy, split, step, accelerator, train=True)
     assert values[1].item() == pytest.approx(LN2, abs=1e-2)
     assert all(p.grad.dtype == torch.float32 for p in policy.parameters())

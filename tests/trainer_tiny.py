@@ -1,6 +1,7 @@
 """A tokenizer (256 bytes, three special tokens) and a model small enough to train in a test."""
 
 import json
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,8 @@ from trainer.data import BadRows, check_record
 from trainer.encoding import IGNORE, Split, encode_rows
 from trainer.head import FusedLMHead, fuse_lm_head
 from trainer.model import PreferenceModel, loss_options
+from trainer.ref_cache import Table
+from trainer.reference import fill, lookup, scorer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -136,7 +139,14 @@ def save_tiny(folder):
 
 
 def as_split(pairs, ref_logps=None):
-    return Split(pairs, {}, ref_logps)
+    return Split(pairs, {}, None if ref_logps is None else lookup(ref_logps))
+
+
+def precomputed(policy, split, steps, accelerator):
+    """The policy as its own reference, without a file."""
+    table = Table(Path("memory"), len(split.pairs), on_disk=False)
+    fill(table, split, steps, scorer(policy), accelerator, "reference", 1e-4)
+    return lookup(table.logps)
 
 
 def shifted_reference(count):

@@ -70,6 +70,14 @@ class RunConfig:
     """Whether the SFT weight is eta times beta; null means for `sum` only, as its authors do."""
     label_smoothing: float = 0.0
     """Assumed share of flipped preferences, for the losses that define it."""
+    reference: Literal["precomputed", "online", "none"] = "precomputed"
+    """Reference log-probs: computed once and kept on disk, by a second model beside the policy, or
+    none, for the reference-free losses."""
+    ref_model_name_or_path: str | None = None
+    """Folder or hub id of the reference model; null is the policy as it is at the start."""
+    ref_cache_dir: str | None = None
+    """Folder of precomputed log-probs, for any number of runs; null is
+    `reference_cache` beside `output_dir`."""
 
     max_steps: int = -1
     """Optimizer steps; -1 means as many as `num_train_epochs` takes."""
@@ -122,6 +130,8 @@ class RunConfig:
             value = getattr(self, field)
             if value is not None and not holds(value):
                 raise InputError(f"{field}: expected {expected}, got {value}")
+        if self.reference == "none" and self.ref_model_name_or_path:
+            raise InputError("ref_model_name_or_path: expected null with reference none")
         for field in ("model_name_or_path", "output_dir", "train_file"):
             if not getattr(self, field):
                 raise InputError(f"{field}: expected a value, got an empty one")

@@ -8,12 +8,17 @@ with hidden states: `labels[t]` is the token that position t predicts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data import BadRow, BadRows, Row, Text
+
+if TYPE_CHECKING:
+    from trainer.packing import Batch
 
 IGNORE = -100
 
@@ -46,14 +51,14 @@ class Pair:
         return len(self.chosen.ids) + len(self.rejected.ids)
 
 
-@dataclass
+@dataclass(slots=True)
 class Split:
     """A data set ready to train on or to evaluate: its pairs, and what the report says of them."""
 
     pairs: list[Pair]
     report: dict[str, object] = field(default_factory=dict)
-    ref_logps: Tensor | None = None
-    """(len(pairs), 2) summed reference log-probs in nats, chosen and rejected, once computed."""
+    reference: Callable[[Batch], Tensor] | None = None
+    """Summed reference log-probs (2B,) in nats of a batch of pairs, chosen ones first."""
 
 
 def encode_rows(

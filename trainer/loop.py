@@ -45,7 +45,7 @@ def run_step(
     Args:
         model: the prepared `PreferenceModel`; with `train`, its gradients grow by the step's
             gradient.
-        split: the data set; without `ref_logps` for a reference-free loss.
+        split: the data set; without `reference` for a reference-free loss.
         step: which pairs, and how they are split.
         accelerator: gives rank, device and the reductions over ranks.
         train: whether to compute gradients.
@@ -53,13 +53,13 @@ def run_step(
     Returns:
         `METRICS` (9,) of the step, the same on every rank.
     """
-    pairs, ref_logps, num_pairs = split.pairs, split.ref_logps, len(step.indices)
+    pairs, num_pairs = split.pairs, len(step.indices)
     num_chosen_tokens = sum(pairs[i].chosen.trained_tokens for i in step.indices)
 
     shares = torch.zeros(len(METRICS), device=accelerator.device)
     for k, ranks in enumerate(step.micro_batches, 1):
         batch = pack(pairs, ranks[accelerator.process_index]).to(accelerator.device)
-        ref = None if ref_logps is None else ref_logps[list(batch.indices)].T.reshape(-1)
+        ref = None if split.reference is None else split.reference(batch)
         waits = train and k < len(step.micro_batches)
         with accelerator.no_sync(model) if waits else contextlib.nullcontext():
             out = model(batch, ref, num_pairs, num_chosen_tokens)

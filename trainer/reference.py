@@ -1,52 +1,198 @@
-"""Reference log-probs: one pass of the untrained policy, before the first step.
+"""Reference log-probs: what the policy is compared with, by `config.reference`.
 
-It runs the very batches of the training plan through the very same forward, so that at step 0
-policy and reference agree to the last bit, and the DPO loss is ln 2.
+    precomputed   summed log-probs of every pair, computed before the first step, kept on disk
+    online        a second, frozen model runs every batch beside the policy
+    none          nothing, for a loss that is reference-free
+
+A split carries a function from a batch to its log-probs (2B,), chosen first; that training reads
+them from a table or runs a model is not visible elsewhere. Every mode runs the training plan's own
+batches through the very forward that trains, so where nothing was read from disk policy and
+reference agree at step 0 to the last bit, and the DPO loss is ln 2. Numbers from disk may come from
+other batches, which moves it by float32 rounding (1e-5), or by that of bfloat16 (some 1e-2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 from rpo_kernels.losses import LOSSES
+from trainer import ref_cache
+from trainer.config import InputError, RunConfig
 from trainer.encoding import Split
-from trainer.packing import Step, first_visits, pack
-from trainer.report import progress
+from trainer.model import PreferenceModel, load_model, locate_model
+from trainer.packing import Batch, Step, first_visits, pack
+from trainer.report import progress, say
+
+Scorer = Callable[[Batch], Tensor]
+SAMPLE = 4  # pairs that are computed again when a table is loaded
+# |cached - now| <= tolerance * (1 + |now|): batches differ in rounding, other numerics by more.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
-def needs_reference(loss_type: str) -> bool:
-    """Whether the loss compares with a reference model at all."""
-    return LOSSES[loss_type].reference
+def check_reference(config: RunConfig) -> None:
+    """Refuse a loss without the reference that it needs, and the other way round.
+
+    Raises:
+        InputError: `loss_type` and `reference` do not fit together, or an unknown loss.
+    """
+    if config.loss_type not in LOSSES:
+        raise InputError(
+            f"loss_type: expected one of {', '.join(LOSSES)}, got {config.loss_type!r}"
+        )
+    free = [name for name, loss in LOSSES.items() if not loss.reference]
+    if config.reference == "none" and config.loss_type not in free:
+        raise InputError(
+            f"reference: {config.loss_type} compares with a reference model, got none; "
+            f"use precomputed, or a reference-free loss_type ({', '.join(free)})"
+        )
+    if config.reference != "none" and config.loss_type in free:
+        raise InputError(
+            f"reference: expected none, as {config.loss_type} is reference-free, "
+            f"got {config.reference}"
+        )
 
 
-@torch.no_grad()
-def reference_logps(
-    model: nn.Module,
+class Reference:
+    """The reference of a run; made of the policy's first weights, before it is wrapped."""
+
+    def __init__(self, config: RunConfig, policy: PreferenceModel, accelerator: Accelerator):
+        """Load the second model, if there is one, and hash the weights, if they name a table."""
+        self.config, self.accelerator = config, accelerator
+        self.model: nn.Module | None = None
+        """The second model; None where the policy's own start is the reference."""
+        if config.reference == "online" or config.ref_model_name_or_path:
+            self.model = _second_model(config, policy, accelerator)
+        if config.reference == "precomputed":
+            source = self.model or policy
+            self.key = ref_cache.model_key(source.language_model, config.dtype)
+
+    def attach(self, policy: nn.Module, splits: dict[str, Split], plans: dict[str, list[Step]]):
+        """Give every split its `reference`; the policy must still be what it was at the start.
+
+        Args:
+            policy: the prepared `PreferenceModel`.
+            splits, plans: the data sets, and the plan of each.
+        """
+        score = scorer(policy if self.model is None else self.model)
+        for name, split in splits.items():
+            if self.config.reference == "online":
+                split.reference = score
+            elif self.config.reference == "precomputed":
+                logps = self._precomputed(name, split, plans[name], score)
+                split.reference = lookup(logps, self.accelerator.device)
+        if self.config.reference == "precomputed":
+            self.model = None  # a second model is needed no more
+
+    def _precomputed(self, name: str, split: Split, steps: list[Step], score: Scorer) -> Tensor:
+        default = Path(self.config.output_dir).parent / "reference_cache"
+        folder = self.config.ref_cache_dir or default
+        path = Path(folder) / f"{self.key}-{ref_cache.data_key(split.pairs)}.logps"
+        [path] = broadcast_object_list([path])  # rank 0's: only there are all weights at hand
+        table = ref_cache.Table(path, len(split.pairs), self.accelerator.is_main_process)
+        tolerance = TOLERANCE[self.config.dtype]
+        fill(table, split, steps, score, self.accelerator, f"ref {name}", tolerance)
+        return table.logps
+
+
+def _second_model(
+    config: RunConfig, policy: PreferenceModel, accelerator: Accelerator
+) -> PreferenceModel:
+    """A frozen model of its own: `ref_model_name_or_path`, or the policy's start once more."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise InputError(
+            "reference: a second model is whole on every rank, which DeepSpeed does not allow; "
+            "use precomputed, without ref_model_name_or_path"
+        )
+    own = config
+    if config.ref_model_name_or_path:
+        own = replace(config, model_name_or_path=config.ref_model_name_or_path, gguf_file=None)
+    model = load_model(locate_model(own), own)
+    here, there = (m.get_input_embeddings().num_embeddings for m in (policy.language_model, model))
+    if here != there:
+        raise InputError(
+            f"ref_model_name_or_path: expected a model with the policy's vocabulary of {here} "
+            f"tokens, got {there}"
+        )
+    frozen = PreferenceModel(model, policy.options).requires_grad_(False)
+    return frozen.eval().to(accelerator.device)
+
+
+def scorer(model: nn.Module) -> Scorer:
+    """A model as a function from a batch to its sequences' summed log-probs (2B,)."""
+
+    @torch.no_grad()
+    def score(batch: Batch) -> Tensor:
+        zeros = torch.zeros(2 * len(batch.indices), device=batch.labels.device)
+        out = model(batch, zeros, 1, 1)
+        return torch.cat([out.chosen_logps, out.rejected_logps])
+
+    return score
+
+
+def lookup(logps: Tensor, device: torch.device | str = "cpu") -> Scorer:
+    """A table (pairs, 2) as a function from a batch to its rows (2B,), chosen first."""
+    return lambda batch: logps[list(batch.indices)].T.reshape(-1).to(device)
+
+
+def fill(
+    table: ref_cache.Table,
     split: Split,
     steps: list[Step],
+    score: Scorer,
     accelerator: Accelerator,
-    description: str,
-) -> Tensor:
-    """Summed log-probs of every response that `steps` visit, under the model as it is now.
+    title: str,
+    tolerance: float,
+) -> None:
+    """Compute what `steps` need and `table` lacks; every batch is on disk before the next begins.
 
     Args:
-        model: the prepared `PreferenceModel`.
+        table: log-probs of `split`; only the main process's comes from disk.
         split: the data set.
-
         steps: a plan over it; every rank computes its own batches.
+        score: the reference model.
         accelerator: gives rank, device and the sum over ranks.
-        description: name of the progress bar.
+        title: name of the progress bar.
+        tolerance: largest error of a sampled row, relative to ``1 + |log-prob|``.
 
-    Returns:
-        (pairs, 2) float32 in nats, chosen and rejected; 0 where `steps` never come.
+    Raises:
+        FloatingPointError: a log-prob is not finite.
     """
-    logps = torch.zeros(len(split.pairs), 2, device=accelerator.device)
+    device, rank = accelerator.device, accelerator.process_index
+    table.receive(broadcast(table.state().to(device)))
+    if table.known.any() and (error := _sample_error(table, split, score, device)) > tolerance:
+        say(f"warning: {table.path} is off by {error:.1e} (relative); it is computed again")
+        table.forget()
     rounds = [ranks for step in first_visits(steps) for ranks in step.micro_batches]
-    for ranks in progress(rounds, description):
-        batch = pack(split.pairs, ranks[accelerator.process_index]).to(accelerator.device)
-        zeros = logps.new_zeros(2 * len(batch.indices))
-        out = model(batch, zeros, 1, 1)
-        logps[list(batch.indices)] = torch.stack([out.chosen_logps, out.rejected_logps], 1)
-    return accelerator.reduce(logps, "sum")
+    rounds = [r for r in rounds if not table.known[[i for part in r for i in part]].all()]
+    if table.known.any():
+        say(f"{title}: {int(table.known.sum())} of {len(split.pairs)} pairs from {table.path}")
+    for ranks in progress(rounds, title) if rounds else ():
+        indices = [i for part in ranks for i in part]
+        start = sum(map(len, ranks[:rank]))
+        batch = pack(split.pairs, ranks[rank]).to(device)
+        logps = torch.zeros(len(indices), 2, device=device)
+        logps[start : start + len(batch.indices)] = score(batch).view(2, -1).T
+        logps = accelerator.reduce(logps, "sum").cpu()
+        if not logps.isfinite().all():
+            raise FloatingPointError(f"reference log-probs of pairs {indices} are not finite")
+        table.write(indices, logps)
+    accelerator.wait_for_everyone()
+
+
+def _sample_error(
+    table: ref_cache.Table, split: Split, score: Scorer, device: torch.device
+) -> float:
+    """Largest relative error of a few rows, spread over those that are known."""
+    known = table.known.nonzero()[0]
+    picked = known[np.linspace(0, len(known) - 1, min(SAMPLE, len(known))).astype(int)]
+    batch = pack(split.pairs, tuple(picked.tolist())).to(device)
+    now, then = score(batch), lookup(table.logps, device)(batch)
+    return ((now - then).abs() / (1 + now.abs())).max().item()

@@ -36,7 +36,7 @@ from trainer.model import (
     save_model,
 )
 from trainer.packing import Step, plan_training, share_prefixes
-from trainer.reference import needs_reference, reference_logps
+from trainer.reference import Reference, check_reference
 
 
 def run(config: RunConfig) -> list[dict[str, float]]:
@@ -45,6 +45,7 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     accelerator = start(config)
 
     report.check_output_dir(config)
+    check_reference(config)
     options, source = loss_options(config), locate_model(config)
     rows = read_splits(config)
     tokenizer = load_tokenizer(source, config.gguf_file)
@@ -56,12 +57,10 @@ def run(config: RunConfig) -> list[dict[str, float]]:
 
     model = PreferenceModel(load_model(source, config), options).to(accelerator.device)
     check_model(model, splits["train"].pairs[0])
+    reference = Reference(config, model, accelerator)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     plans = plan(config, splits, accelerator.num_processes)
-    if needs_reference(config.loss_type):
-        for name, split in splits.items():
-            title = f"ref {name}"
-            split.ref_logps = reference_logps(model, split, plans[name], accelerator, title)
+    reference.attach(model, splits, plans)
 
     def evaluate_now(step: int) -> None:
         if "eval" in splits:
