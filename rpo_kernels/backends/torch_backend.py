@@ -22,14 +22,17 @@ LOG2E = math.log2(math.e)
 FLOOR = -60 * LOG2E  # lowest exponent, in base 2
 LOWEST = -1e38  # below any logit; finite, so that entries of -inf do not turn rows into NaN
 CPU_TILE = 2**20  # elements: 4 MiB in fp32, a share of the last-level cache
+CPU_ROWS = 1024  # of a tile: matmuls are slow where a tile has few vocabulary entries
 GPU_TILE = 2**25  # elements: 128 MiB in fp32
 GATHER = 2048  # entries gathered at a time: both operands stay in a CPU's cache
 
 
-def _tile_rows(device: torch.device, n: int, max_bytes: int) -> int:
-    elements = min(CPU_TILE if device.type == "cpu" else GPU_TILE, max_bytes // 16)
-    rows = elements // max(n, 1)
-    return rows // 64 * 64 if rows >= 64 else max(1, rows)
+def _tile_shape(device: torch.device, n: int, max_bytes: int) -> tuple[int, int]:
+    """Vocabulary entries and rows of a tile."""
+    on_cpu = device.type == "cpu"
+    rows = max(1, min(n, CPU_ROWS if on_cpu else n, max_bytes // (64 * 16)))
+    entries = min(CPU_TILE if on_cpu else GPU_TILE, max_bytes // 16) // rows
+    return entries // 64 * 64 if entries >= 64 else max(1, entries), rows
 
 
 def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -90,10 +93,9 @@ def lse_and_target(
     """
     n, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
     shift, sums, target = hidden.new_zeros(3, n, dtype=dtype)
-    block = max(1, min(1024 if hidden.device.type == "cpu" else n, max_bytes // (64 * 16)))
+    step, block = _tile_shape(hidden.device, n, max_bytes)
     for i in range(0, n, block):
         h, t, picked = (x[i : i + block] for x in (hidden, targets, target))
-        step = _tile_rows(h.device, h.shape[0], max_bytes)
         scratch = hidden.new_empty(step, h.shape[0], dtype=dtype) if hidden.dtype == dtype else None
         running_max = hidden.new_full((h.shape[0],), LOWEST, dtype=dtype)
         total = torch.zeros_like(running_max)
@@ -140,26 +142,28 @@ def exp_panel(
         max_bytes: bound on temporaries.
     """
     n, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
-    step = _tile_rows(hidden.device, n, max_bytes)
-    low = -shift
-    for v in range(0, weight.shape[0], step):
-        part = out[v : v + step]
-        tile = _logits(hidden, weight[v : v + step], part if part.dtype == dtype else None)
-        tile, factor, slope = _base2_logits(
-            tile, None if bias is None else bias[v : v + step], transform
-        )
-        torch.add(low, tile, alpha=factor, out=tile)
-        if target is not None:
-            _pick_targets(tile, targets, v0 + v, target)
-        tile.clamp_(min=FLOOR).exp2_()
-        if sums is not None:
-            sums.add_(tile.sum(0))
-        if slope is not None:
-            tile.mul_(slope)
-        elif transform.scale != 1.0:
-            tile.mul_(transform.scale)
-        if part.data_ptr() != tile.data_ptr():
-            part.copy_(tile)
+    step, block = _tile_shape(hidden.device, n, max_bytes)
+    for i in range(0, n, block):
+        rows = slice(i, i + block)
+        h, low = hidden[rows], -shift[rows]
+        for v in range(0, weight.shape[0], step):
+            part = out[v : v + step, rows]
+            tile = _logits(h, weight[v : v + step], part if part.dtype == dtype else None)
+            tile, factor, slope = _base2_logits(
+                tile, None if bias is None else bias[v : v + step], transform
+            )
+            torch.add(low, tile, alpha=factor, out=tile)
+            if target is not None:
+                _pick_targets(tile, targets[rows], v0 + v, target[rows])
+            tile.clamp_(min=FLOOR).exp2_()
+            if sums is not None:
+                sums[rows].add_(tile.sum(0))
+            if slope is not None:
+                tile.mul_(slope)
+            elif transform.scale != 1.0:
+                tile.mul_(transform.scale)
+            if part.data_ptr() != tile.data_ptr():
+                part.copy_(tile)
 
 
 def kept_products(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUNDED = 2**16  # elements of a half-precision product on a CPU
+ROUNDED = 2**16  # elements of a half-precision product on a CPU, or up to
+ROUNDED_ROWS = 512  # rows of it where the operands are that large themselves
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, scale: float = 1.0) -> None:
@@ -21,7 +22,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, scale: floa
     elif a.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=float(accumulate), alpha=scale, out=out)
     else:
-        step = max(1, ROUNDED // out.shape[1])
+        step = max(1, ROUNDED // out.shape[1], min(ROUNDED_ROWS, a.shape[0] // 2, a.shape[1] // 2))
         for row in range(0, out.shape[0], step):
             part = out[row : row + step]
             product = torch.mm(a[row : row + step], b).to(out.dtype)
