@@ -1,0 +1,67 @@
+"""JSON lines, read and appended: a file that a killed run left behind can be continued."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from trainer.config import InputError, find_file
+
+
+def read_jsonl(name: str, *fields: str) -> list[tuple[str, dict]]:
+    """Every line of a file, with its place.
+
+    Args:
+        name: path, from the working directory or the repository.
+        fields: keys that every line must have.
+
+    Returns:
+        (`file:line`, object) for every line that is not blank.
+
+    Raises:
+        InputError: no such file, no line, a line that is no JSON object, or a missing key.
+    """
+    path, rows = find_file(name), []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        place = f"{name}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            raise InputError(f"{place}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}")
+        missing = [field for field in fields if field not in row]
+        if missing:
+            has = ", ".join(row) or "nothing"
+            raise InputError(f"{place}: no field {', '.join(missing)} (the line has {has})")
+        rows.append((place, row))
+    if not rows:
+        raise InputError(f"{name}: the file is empty")
+    return rows
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` so that a human can read it, replacing the file in one go."""
+    replace_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file in one go: a killed run leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def open_folder(output_dir: str) -> Path:
+    """The output folder, created if need be.
+
+    Raises:
+        InputError: it is a file.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir: {folder} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
