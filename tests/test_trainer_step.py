@@ -21,8 +21,9 @@ from trainer_tiny import (
 from trainer.config import InputError
 from trainer.loop import check_finite, evaluate, evaluation_step, run_step
 from trainer.model import locate_model, loss_options
-from trainer.packing import Step, first_visits, pack, plan_pass, plan_training
+from trainer.packing import Step, first_visits, pack, plan_pass, plan_training, regroup
 from trainer.reference import lookup
+from trainer.run import plan
 
 LN2 = math.log(2)
 
@@ -38,6 +39,11 @@ def test_gradients_do_not_depend_on_how_a_step_is_split(reduction):
         policy.zero_grad()
         (step,) = plan_pass(order, 8, 1, accumulation)
         values = run_step(policy, split, step, accelerator, train=True)
+        results.append((values, gradient(policy)))
+    tokens = [pair.packed_tokens for pair in split.pairs]
+    for budget in (max(tokens), 2 * max(tokens)):
+        policy.zero_grad()
+        values = run_step(policy, split, regroup(step, tokens, budget, 1), accelerator, train=True)
         results.append((values, gradient(policy)))
     for values, grad in results[1:]:
         torch.testing.assert_close(values, results[0][0], rtol=1e-5, atol=1e-6)
@@ -115,6 +121,32 @@ def test_a_plan_gives_every_split_the_same_steps(batch_size, accumulation, ranks
     assert steps[0].indices != steps[3].indices
     assert first_visits(steps) == steps[:3] and first_visits(steps[:2]) == steps[:2]
     assert all(len(indices) <= batch_size for s in steps for r in s.micro_batches for indices in r)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_micro_batches_by_tokens_hold_every_pair_once_within_the_budget(ranks):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(20, 200, (50,), generator=generator).tolist()
+    (step,) = plan_pass(list(range(40)), 40, 1, 1)
+    cut = regroup(step, tokens, 256, ranks)
+    assert sorted(cut.indices) == list(range(40))
+    sums = [[sum(tokens[i] for i in pairs) for pairs in row] for row in cut.micro_batches]
+    assert max(map(max, sums)) <= 256
+    loads = [sum(row[rank] for row in sums) for rank in range(ranks)]
+    assert max(loads) - min(loads) <= max(tokens)
+    fewest = -(-sum(tokens[:40]) // (256 * ranks))
+    assert fewest <= len(cut.micro_batches) <= fewest + 2
+    assert regroup(step, tokens, 256, ranks) == cut
+
+
+def test_a_budget_below_the_longest_pair_is_refused():
+    split = tiny_split(4)
+    longest = max(pair.packed_tokens for pair in split.pairs)
+    steps = plan(tiny_config(max_tokens_per_batch=longest), {"train": split, "eval": split}, 2)
+    assert sorted(steps["train"][0].indices) == sorted(steps["eval"][0].indices) == [0, 1, 2, 3]
+    assert all(len(pairs) <= 1 for row in steps["eval"][0].micro_batches for pairs in row)
+    with pytest.raises(InputError, match=f"max_tokens_per_batch: expected at least {longest}, the"):
+        plan(tiny_config(max_tokens_per_batch=longest - 1), {"train": split}, 1)
 
 
 def test_max_steps_overrides_epochs():

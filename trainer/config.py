@@ -87,8 +87,10 @@ class RunConfig:
     """Pairs in one forward and backward pass of one process."""
     gradient_accumulation_steps: int = 1
     """Passes per optimizer step; the gradient does not depend on how a step is split."""
+    max_tokens_per_batch: int | None = None
+    """Cut each step, still of as many pairs as the two above say, into passes of so many tokens."""
     per_device_eval_batch_size: int = 4
-    """Pairs in one evaluation pass of one process."""
+    """Pairs in one evaluation pass of one process, without `max_tokens_per_batch`."""
     learning_rate: float = 5e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
@@ -154,6 +156,7 @@ _RANGES = {
     "num_train_epochs": ("a number > 0", lambda x: 0 < x < float("inf")),
     "per_device_train_batch_size": ("an integer >= 1", lambda x: x >= 1),
     "gradient_accumulation_steps": ("an integer >= 1", lambda x: x >= 1),
+    "max_tokens_per_batch": ("null or an integer >= 8", lambda x: x >= 8),
     "per_device_eval_batch_size": ("an integer >= 1", lambda x: x >= 1),
     "learning_rate": ("a number > 0", lambda x: 0 < x < float("inf")),
     "warmup_ratio": ("a number in [0, 1]", lambda x: 0 <= x <= 1),

@@ -50,6 +50,11 @@ class Pair:
         """Tokens of both sequences, prompt included."""
         return len(self.chosen.ids) + len(self.rejected.ids)
 
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens of the pair in a packed row, where the shared ones stand once."""
+        return self.tokens - self.shared
+
 
 @dataclass(slots=True)
 class Split:

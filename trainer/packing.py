@@ -110,6 +110,38 @@ def plan_training(
     return steps[:total]
 
 
+def regroup(step: Step, tokens: list[int], budget: int, ranks: int) -> Step:
+    """The same step, cut by tokens: every rank gets about as many, no micro-batch exceeds a budget.
+
+    Pairs go, longest first, to the rank with the fewest tokens so far, and there into the first
+    micro-batch that has room. A rank with fewer micro-batches than another has empty ones.
+
+    Args:
+        step: its pairs; how it was split does not matter.
+        tokens: of every pair of the data set, in a packed row.
+        budget: most tokens of one micro-batch; at least those of the step's longest pair.
+        ranks: number of processes.
+    """
+    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for i in sorted(step.indices, key=lambda i: (-tokens[i], i)):
+        rank = loads.index(min(loads))
+        loads[rank] += tokens[i]
+        for batch in shares[rank]:
+            if sum(tokens[j] for j in batch) + tokens[i] <= budget:
+                batch.append(i)
+                break
+        else:
+            shares[rank].append([i])
+    rounds = max(map(len, shares))
+    return Step(
+        tuple(
+            tuple(tuple(share[k]) if k < len(share) else () for share in shares)
+            for k in range(rounds)
+        )
+    )
+
+
 def first_visits(steps: list[Step]) -> list[Step]:
     """The leading steps that see every pair of the plan, once each: an epoch repeats none."""
     wanted = {i for step in steps for i in step.indices}

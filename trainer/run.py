@@ -35,7 +35,7 @@ from trainer.model import (
     loss_options,
     save_model,
 )
-from trainer.packing import Step, plan_training, share_prefixes
+from trainer.packing import Step, plan_training, regroup, share_prefixes
 from trainer.reference import Reference, check_reference
 
 
@@ -53,13 +53,13 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     if config.prefix_sharing:
         for split in splits.values():
             split.pairs = share_prefixes(split.pairs)
+    plans = plan(config, splits, accelerator.num_processes)
     log = report.RunLog(config, {name: split.report for name, split in splits.items()})
 
     model = PreferenceModel(load_model(source, config), options).to(accelerator.device)
     check_model(model, splits["train"].pairs[0])
     reference = Reference(config, model, accelerator)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
-    plans = plan(config, splits, accelerator.num_processes)
     reference.attach(model, splits, plans)
 
     def evaluate_now(step: int) -> None:
@@ -94,7 +94,20 @@ def plan(config: RunConfig, splits: dict[str, Split], ranks: int) -> dict[str, l
     if "eval" in splits:
         batch_size = config.per_device_eval_batch_size
         steps["eval"] = [evaluation_step(len(splits["eval"].pairs), batch_size, ranks)]
-    return steps
+    budget = config.max_tokens_per_batch
+    if budget is None:
+        return steps
+    tokens = {name: [pair.packed_tokens for pair in split.pairs] for name, split in splits.items()}
+    longest = max(max(counts) for counts in tokens.values())
+    if longest > budget:
+        raise InputError(
+            f"max_tokens_per_batch: expected at least {longest}, the tokens of the longest pair, "
+            f"got {budget}; raise it, or lower max_length"
+        )
+    return {
+        name: [regroup(step, tokens[name], budget, ranks) for step in whole]
+        for name, whole in steps.items()
+    }
 
 
 def start(config: RunConfig) -> Accelerator:
