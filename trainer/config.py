@@ -108,6 +108,12 @@ class RunConfig:
     """Type of the matmuls (bfloat16: autocast); weights, gradients and moments are float32."""
     prefix_sharing: bool = True
     """Whether tokens that both sequences of a pair begin with are computed once; same loss."""
+    gradient_checkpointing: bool = False
+    """Whether backward computes every layer again instead of keeping its activations."""
+    activation_offloading: bool = False
+    """Whether the layer inputs that checkpointing keeps wait in CPU memory; GPUs only."""
+    use_liger_kernel: bool = False
+    """Whether norms, rotary positions and MLPs run on Liger's kernels; GPUs only."""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Backend of the fused head: `auto` is Triton on GPUs and PyTorch elsewhere."""
     max_workspace_mb: float | None = None

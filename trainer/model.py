@@ -12,6 +12,7 @@ ZeRO-3 hooks see it used.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.liger import apply_liger_kernel
 
 from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs
 from trainer.attention import NAME as ATTENTION
@@ -60,6 +62,27 @@ def loss_options(config: RunConfig) -> dict[str, object]:
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from None
     return options
+
+
+def check_layers(config: RunConfig) -> None:
+    """Refuse what the layers cannot do here.
+
+    Raises:
+        InputError: offloading without checkpointing, or an option for GPUs without one.
+    """
+    for name in ("activation_offloading", "use_liger_kernel"):
+        if getattr(config, name) and not torch.cuda.is_available():
+            raise InputError(f"{name}: expected a GPU, found none; set it to false")
+    if config.activation_offloading and not config.gradient_checkpointing:
+        raise InputError(
+            "activation_offloading: expected gradient_checkpointing true, which says what is kept, "
+            "got false; turn both on"
+        )
+    if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise InputError(
+            "use_liger_kernel: the package liger-kernel is not installed; "
+            "run: pip install liger-kernel"
+        )
 
 
 def locate_model(config: RunConfig) -> str:
@@ -115,7 +138,25 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+    if config.use_liger_kernel:
+        _use_liger(model)
+    if config.gradient_checkpointing:  # its older name is all that transformers 5.17 knows
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        model.train()  # layers are checkpointed in training mode only; there is no dropout
     return fuse_lm_head(model, config.logit_scale, config.logit_softcap)
+
+
+def _use_liger(model: PreTrainedModel) -> None:
+    """Patch the layers with Liger's kernels; head and loss stay this project's."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kind = model.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise InputError(
+            f"use_liger_kernel: Liger has no kernels for {kind!r} models; set it to false"
+        )
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
@@ -133,11 +174,20 @@ def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
 class PreferenceModel(nn.Module):
     """A causal language model whose forward is the loss of a batch of preference pairs."""
 
-    def __init__(self, model: PreTrainedModel, options: dict[str, object]) -> None:
-        """Wrap `model` (with a `FusedLMHead`); `options`: loss arguments fixed for the run."""
+    def __init__(
+        self, model: PreTrainedModel, options: dict[str, object], offload: bool = False
+    ) -> None:
+        """Wrap `model` (with a `FusedLMHead`).
+
+        Args:
+            model: the causal language model, or peft's wrapper of it.
+            options: loss arguments fixed for the run.
+            offload: whether what the backbone keeps for backward waits in CPU memory.
+        """
         super().__init__()
         self.model = model
         self.options = options
+        self.offload = offload
         self.own_attention = use_pair_attention(self.language_model)
 
     @property
@@ -148,13 +198,15 @@ class PreferenceModel(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, D) that predict a packed batch's trained tokens."""
-        output = self.language_model.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=batch.input_ids.new_ones(1, 1, 1, 1),  # stands for a finished mask
-            use_cache=False,
-            pairs=batch.layout,
-        )
+        keeps = torch.autograd.graph.save_on_cpu(pin_memory=True)
+        with keeps if self.offload else contextlib.nullcontext():
+            output = self.language_model.base_model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=batch.input_ids.new_ones(1, 1, 1, 1),  # stands for a finished mask
+                use_cache=False,
+                pairs=batch.layout,
+            )
         return output.last_hidden_state[0].index_select(0, batch.rows)
 
     def forward(

@@ -28,6 +28,7 @@ from trainer.encoding import Split, encode_rows
 from trainer.loop import evaluate, evaluation_step, make_optimizer, train
 from trainer.model import (
     PreferenceModel,
+    check_layers,
     check_model,
     load_model,
     load_tokenizer,
@@ -46,6 +47,7 @@ def run(config: RunConfig) -> list[dict[str, float]]:
 
     report.check_output_dir(config)
     check_reference(config)
+    check_layers(config)
     options, source = loss_options(config), locate_model(config)
     rows = read_splits(config)
     tokenizer = load_tokenizer(source, config.gguf_file)
@@ -56,7 +58,8 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     plans = plan(config, splits, accelerator.num_processes)
     log = report.RunLog(config, {name: split.report for name, split in splits.items()})
 
-    model = PreferenceModel(load_model(source, config), options).to(accelerator.device)
+    model = load_model(source, config)
+    model = PreferenceModel(model, options, config.activation_offloading).to(accelerator.device)
     check_model(model, splits["train"].pairs[0])
     reference = Reference(config, model, accelerator)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))

@@ -1,0 +1,75 @@
+"""What trades speed for memory in the layers: checkpointing, offloading, Liger's kernels."""
+
+import pytest
+import torch
+from liger_kernel.transformers import monkey_patch
+from trainer_tiny import (
+    gradient,
+    save_tiny,
+    shifted_reference,
+    tiny_config,
+    tiny_model,
+    tiny_policy,
+    tiny_split,
+)
+
+from trainer import model as model_module
+from trainer.config import InputError
+from trainer.model import PreferenceModel, check_layers, load_model
+from trainer.packing import pack, share_prefixes
+
+
+def kept_and_gradient(policy):
+    """Bytes kept for backward by the backbone, parameters apart, and the gradient."""
+    kept, parameters = [], {p.data_ptr() for p in policy.parameters()}
+
+    def note(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept.append(tensor.nbytes)
+        return tensor
+
+    batch = pack(share_prefixes(tiny_split(3).pairs), (0, 1, 2))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        policy.hidden(batch)
+    policy.zero_grad()
+    policy(batch, shifted_reference(3).T.reshape(-1), 3, 100).loss.backward()
+    return sum(kept), gradient(policy)
+
+
+def test_checkpointing_and_offloading_change_memory_but_not_the_gradient(tmp_path):
+    source, options = save_tiny(tmp_path), tiny_policy()[0].options
+    plain = PreferenceModel(load_model(source, tiny_config()), options)
+    config = tiny_config(gradient_checkpointing=True)
+    checkpointed = PreferenceModel(load_model(source, config), options)
+    offloaded = PreferenceModel(load_model(source, config), options, offload=True)
+    (kept, wanted), (fewer, got) = kept_and_gradient(plain), kept_and_gradient(checkpointed)
+    assert fewer < kept / 5
+    assert torch.equal(got, wanted)
+    assert torch.equal(kept_and_gradient(offloaded)[1], wanted)
+
+
+def test_liger_patches_layers_only(monkeypatch):
+    calls = []
+
+    def patch(model, rope=True, cross_entropy=False, fused_linear_cross_entropy=True, swiglu=True):
+        calls.append((rope, swiglu, cross_entropy, fused_linear_cross_entropy))
+
+    monkeypatch.setitem(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN, "llama", patch)
+    model_module._use_liger(tiny_model("llama"))
+    assert calls == [(True, True, False, False)]
+    with pytest.raises(InputError, match="Liger has no kernels for 'gpt2' models; set it to false"):
+        model_module._use_liger(tiny_model("gpt2"))
+
+
+REFUSED = [
+    ({"use_liger_kernel": True}, False, "use_liger_kernel: expected a GPU, found none"),
+    ({"activation_offloading": True}, False, "activation_offloading: expected a GPU, found none"),
+    ({"activation_offloading": True}, True, "expected gradient_checkpointing true"),
+]
+
+
+@pytest.mark.parametrize(("fields", "gpu", "message"), REFUSED)
+def test_what_the_layers_cannot_do_is_refused(fields, gpu, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    with pytest.raises(InputError, match=message):
+        check_layers(tiny_config(**fields))
