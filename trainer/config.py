@@ -125,6 +125,12 @@ class RunConfig:
     """Steps between two rows of `metrics.jsonl`, which are means over these steps."""
     eval_steps: int = 0
     """Steps between evaluations; 0 evaluates before and after training only."""
+    save_steps: int = 0
+    """Steps between checkpoints; 0 writes one only when the run is told to stop (SIGTERM)."""
+    save_total_limit: int | None = None
+    """Checkpoints that are kept, the newest; null keeps all."""
+    resume_from_checkpoint: str | None = None
+    """Folder of a checkpoint to go on from, or `auto`: the newest in `output_dir`, if any."""
     output_dir: str = "outputs/run"
     """Where metrics, plot, resolved config and model go."""
     overwrite_output_dir: bool = False
@@ -140,6 +146,11 @@ class RunConfig:
                 raise InputError(f"{field}: expected {expected}, got {value}")
         if self.reference == "none" and self.ref_model_name_or_path:
             raise InputError("ref_model_name_or_path: expected null with reference none")
+        if self.resume_from_checkpoint and self.overwrite_output_dir:
+            raise InputError(
+                "resume_from_checkpoint: expected null with overwrite_output_dir, which removes "
+                "the run to go on with; drop one of the two"
+            )
         for field in ("model_name_or_path", "output_dir", "train_file"):
             if not getattr(self, field):
                 raise InputError(f"{field}: expected a value, got an empty one")
@@ -173,6 +184,8 @@ _RANGES = {
     "cpu_threads": ("an integer >= 0", lambda x: x >= 0),
     "logging_steps": ("an integer >= 1", lambda x: x >= 1),
     "eval_steps": ("an integer >= 0", lambda x: x >= 0),
+    "save_steps": ("an integer >= 0", lambda x: x >= 0),
+    "save_total_limit": ("null or an integer >= 1", lambda x: x >= 1),
 }
 
 

@@ -6,6 +6,8 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +19,7 @@ from trainer.config import RunConfig
 from trainer.encoding import Split
 from trainer.packing import Step, pack, plan_pass
 from trainer.report import RunLog, progress
+from trainer.stop import Stopped, StopSignal
 
 METRICS = (
     "loss", "loss/dpo", "loss/sft", "rewards/accuracies", "rewards/margins",
@@ -96,51 +99,117 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
+@dataclass
+class Training:
+    """What changes while a run trains: all of it goes into a checkpoint."""
+
+    model: nn.Module
+    """As `accelerator.prepare` returns it, like the optimizer."""
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    log: RunLog
+    step: int = 0
+    """Optimizer steps taken."""
+    window: list[dict[str, float]] = field(default_factory=list)
+    """Values of the steps since the last logged row."""
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer below accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: RunConfig, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate over `steps` steps, warm-up included."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    return get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps)
+
+
 def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    training: Training,
     split: Split,
     steps: list[Step],
     config: RunConfig,
     accelerator: Accelerator,
-    log: RunLog,
-    evaluate_now: Callable[[int], None],
+    evaluate_now: Callable[[], None],
+    save_now: Callable[[], Path],
 ) -> None:
-    """Take every step of the plan, and log it.
+    """Take the plan's remaining steps, and log them.
 
     Args:
-        model, optimizer: as `accelerator.prepare` returns them.
+        training: what the steps change.
         split: the training set.
-        steps: the plan of the run.
-        config: schedule, clipping and logging.
+        steps: the plan of the whole run.
+        config: clipping and intervals.
         accelerator: gives rank, device and the reductions over ranks.
-        log: receives a row every `logging_steps`.
-        evaluate_now: ``(step) -> None``, called every `eval_steps` but not after the last step.
+        evaluate_now: called every `eval_steps` but not after the last step.
+        save_now: writes a checkpoint; called every `save_steps`, and before stopping.
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite.
+        Stopped: SIGTERM or Ctrl-C came; the checkpoint is written.
     """
-    warmup = math.ceil(config.warmup_ratio * len(steps))
-    schedule = get_scheduler(config.lr_scheduler_type, optimizer, warmup, len(steps))
+    last = len(steps)
+    bar = progress(steps, "training", training.step)
+    with StopSignal(accelerator) as stop:
+        for step in steps[training.step :]:
+            take_step(training, split, step, config, accelerator)
+            if training.step % config.logging_steps == 0 or training.step == last:
+                training.log.write({"step": training.step} | mean_row(training.window))
+                training.window.clear()
+                bar.set_postfix(shown(training.log.rows[-1]), refresh=False)
+            bar.update()
+            if (every := config.eval_steps) and training.step % every == 0 < last - training.step:
+                evaluate_now()
+            saved = config.save_steps and training.step % config.save_steps == 0
+            folder = save_now() if saved else None
+            if (number := stop.received()) and training.step < last:
+                raise Stopped(number, folder or save_now())
+    bar.close()
+
+
+def take_step(
+    training: Training, split: Split, step: Step, config: RunConfig, accelerator: Accelerator
+) -> None:
+    """Gradient, clipping, update; the step's values go to the window.
+
+    Raises:
+        FloatingPointError: the loss or the gradient is not finite; the weights are as before.
+    """
+    started = time.perf_counter()
+    values = run_step(training.model, split, step, accelerator, train=True).tolist()
     max_norm = config.max_grad_norm or math.inf
-    window = Window()
-    for number, step in enumerate(bar := progress(steps, "training"), 1):
-        started, learning_rate = time.perf_counter(), schedule.get_last_lr()[0]
-        values = run_step(model, split, step, accelerator, train=True)
-        norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-        check_finite(number, float(values[0]), float(norm))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens = sum(split.pairs[i].tokens for i in step.indices)
-        window.add(values, float(norm), tokens, time.perf_counter() - started)
-        if number % config.logging_steps == 0 or number == len(steps):
-            row = {"step": number, **window.means(), "learning_rate": learning_rate}
-            window = Window()
-            log.write(row)
-            bar.set_postfix(shown(row), refresh=False)
-        if config.eval_steps and number % config.eval_steps == 0 and number < len(steps):
-            evaluate_now(number)
+    norm = float(accelerator.clip_grad_norm_(training.model.parameters(), max_norm))
+    check_finite(training.step + 1, values[0], norm)
+    learning_rate = training.schedule.get_last_lr()[0]
+    training.optimizer.step()
+    training.schedule.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    training.step += 1
+    training.window.append(
+        dict(zip(METRICS, values, strict=True))
+        | {
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "tokens": sum(split.pairs[i].tokens for i in step.indices),
+            "seconds": time.perf_counter() - started,
+        }
+    )
+
+
+def mean_row(window: list[dict[str, float]]) -> dict[str, float]:
+    """The row of several steps: means, the last learning rate, and throughput."""
+    seconds = sum(step["seconds"] for step in window)
+    row = {
+        name: sum(step[name] for step in window) / len(window) for name in (*METRICS, "grad_norm")
+    }
+    return row | {
+        "learning_rate": window[-1]["learning_rate"],
+        "tokens_per_second": sum(step["tokens"] for step in window) / seconds,
+        "step_seconds": seconds / len(window),
+    }
 
 
 def check_finite(step: int, loss: float, grad_norm: float) -> None:
@@ -150,31 +219,6 @@ def check_finite(step: int, loss: float, grad_norm: float) -> None:
             f"step {step}: loss {loss}, gradient norm {grad_norm}; lower learning_rate, "
             "or use dtype float32 if it is not"
         )
-
-
-class Window:
-    """The steps since the last logged row."""
-
-    def __init__(self) -> None:
-        self.values: list[Tensor] = []
-        self.norms: list[float] = []
-        self.tokens, self.seconds = 0, 0.0
-
-    def add(self, values: Tensor, grad_norm: float, tokens: int, seconds: float) -> None:
-        """Note one step."""
-        self.values.append(values)
-        self.norms.append(grad_norm)
-        self.tokens += tokens
-        self.seconds += seconds
-
-    def means(self) -> dict[str, float]:
-        """The row of these steps."""
-        count = len(self.values)
-        row = dict(zip(METRICS, torch.stack(self.values).mean(0).tolist(), strict=True))
-        row["grad_norm"] = sum(self.norms) / count
-        row["tokens_per_second"] = self.tokens / self.seconds
-        row["step_seconds"] = self.seconds / count
-        return row
 
 
 def shown(row: dict[str, float]) -> dict[str, str]:

@@ -17,10 +17,11 @@ METRICS_FILE, CONFIG_FILE, DATA_FILE, PLOT_FILE, MODEL_FOLDER = (
 )  # fmt: skip
 
 
-def progress(items: Sequence, description: str) -> tqdm:
-    """A progress bar over `items` with elapsed and remaining time."""
+def progress(items: Sequence, description: str, done: int = 0) -> tqdm:
+    """A progress bar over `items`, `done` of which are, with elapsed and remaining time."""
     return tqdm(
         items,
+        initial=done,
         desc=f"{description:<10}",
         disable=not PartialState().is_main_process,
         dynamic_ncols=True,
@@ -37,8 +38,10 @@ def say(text: str) -> None:
 class RunLog:
     """The output folder: resolved config and data report at once, then a row per logged step."""
 
-    def __init__(self, config: RunConfig, data_report: dict[str, object]) -> None:
-        """Open the folder; other processes than the main one only keep rows in memory."""
+    def __init__(
+        self, config: RunConfig, data_report: dict[str, object], rows: list[dict[str, float]]
+    ) -> None:
+        """Open the folder and write `rows`, a resumed run's; only the main process writes."""
         self.folder = Path(config.output_dir)
         self.rows: list[dict[str, float]] = []
         self.file = None
@@ -51,6 +54,8 @@ class RunLog:
                 json.dumps(data_report, indent=2) + "\n", encoding="utf-8"
             )
             self.file = (self.folder / METRICS_FILE).open("w", encoding="utf-8")
+        for row in rows:
+            self.write(row)
 
     def write(self, row: dict[str, float]) -> None:
         """Append one row and flush it, so that an interrupted run keeps what it measured."""
@@ -72,8 +77,11 @@ class RunLog:
         say(f"{summary(self.rows)}\nfinished in {seconds:.0f} s: {self.folder}")
 
 
-def check_output_dir(config: RunConfig) -> None:
+def check_output_dir(config: RunConfig, checkpoint: Path | None) -> None:
     """Refuse to replace an earlier run unasked.
+
+    The folder of the checkpoint to go on from is no earlier run, nor, for `auto`, is one that was
+    stopped before its first checkpoint.
 
     Raises:
         InputError: the folder holds a run and `overwrite_output_dir` is off, or it is a file.
@@ -82,6 +90,10 @@ def check_output_dir(config: RunConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir: {folder} is a file")
     metrics = folder / METRICS_FILE
+    resuming = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    unfinished = not (folder / MODEL_FOLDER).exists()
+    if resuming or (config.resume_from_checkpoint == "auto" and unfinished):
+        return
     if metrics.exists() and metrics.stat().st_size and not config.overwrite_output_dir:
         raise InputError(
             f"output_dir: {folder} already holds a run; choose another one, "

@@ -21,11 +21,18 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
-from trainer import report
+from trainer import checkpoint, report
 from trainer.config import InputError, RunConfig, parse_config
 from trainer.data import read_splits
 from trainer.encoding import Split, encode_rows
-from trainer.loop import evaluate, evaluation_step, make_optimizer, train
+from trainer.loop import (
+    Training,
+    evaluate,
+    evaluation_step,
+    make_optimizer,
+    make_schedule,
+    train,
+)
 from trainer.model import (
     PreferenceModel,
     check_layers,
@@ -38,6 +45,7 @@ from trainer.model import (
 )
 from trainer.packing import Step, plan_training, regroup, share_prefixes
 from trainer.reference import Reference, check_reference
+from trainer.stop import Stopped
 
 
 def run(config: RunConfig) -> list[dict[str, float]]:
@@ -45,7 +53,8 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     started = time.perf_counter()
     accelerator = start(config)
 
-    report.check_output_dir(config)
+    resumed = checkpoint.find_checkpoint(config)
+    report.check_output_dir(config, resumed)
     check_reference(config)
     check_layers(config)
     options, source = loss_options(config), locate_model(config)
@@ -56,7 +65,14 @@ def run(config: RunConfig) -> list[dict[str, float]]:
         for split in splits.values():
             split.pairs = share_prefixes(split.pairs)
     plans = plan(config, splits, accelerator.num_processes)
-    log = report.RunLog(config, {name: split.report for name, split in splits.items()})
+    fingerprint = checkpoint.fingerprint(config, splits, plans["train"])
+    earlier = []
+    if resumed:
+        checkpoint.check_fingerprint(resumed, fingerprint)
+        earlier = checkpoint.read_progress(resumed)["rows"]
+    log = report.RunLog(config, {name: split.report for name, split in splits.items()}, earlier)
+    if accelerator.is_main_process:
+        checkpoint.clear(log.folder, resuming=resumed is not None)
 
     model = load_model(source, config)
     model = PreferenceModel(model, options, config.activation_offloading).to(accelerator.device)
@@ -64,15 +80,25 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     reference = Reference(config, model, accelerator)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     reference.attach(model, splits, plans)
+    schedule = make_schedule(optimizer, config, len(plans["train"]))
+    training = Training(model, optimizer, schedule, log)
 
-    def evaluate_now(step: int) -> None:
+    def evaluate_now() -> None:
         if "eval" in splits:
             values = evaluate(model, splits["eval"], plans["eval"][0], accelerator)
-            log.write({"step": step} | values)
+            log.write({"step": training.step} | values)
 
-    evaluate_now(0)
-    train(model, optimizer, splits["train"], plans["train"], config, accelerator, log, evaluate_now)
-    evaluate_now(len(plans["train"]))
+    def save_now() -> Path:
+        limit = config.save_total_limit
+        return checkpoint.save(training, log.folder, fingerprint, limit, accelerator)
+
+    if resumed:
+        checkpoint.load(training, resumed, accelerator)
+        report.say(f"goes on after step {training.step} of {len(plans['train'])}, from {resumed}")
+    else:
+        evaluate_now()
+    train(training, splits["train"], plans["train"], config, accelerator, evaluate_now, save_now)
+    evaluate_now()
 
     if accelerator.is_main_process:
         save_model(accelerator.unwrap_model(model).model, tokenizer, log.model_folder)
@@ -135,6 +161,9 @@ def main() -> None:
         PartialState().destroy_process_group()  # after the model is gone: DDP's end waits for ranks
     except InputError as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        report.say(f"{stopped}; go on with --resume_from_checkpoint auto")
+        sys.exit(128 + stopped.number)
 
 
 if __name__ == "__main__":

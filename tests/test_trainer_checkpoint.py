@@ -1,0 +1,173 @@
+"""Killed, stopped and resumed runs: the same numbers to the last bit, or a refusal."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from trainer_tiny import record, save_tiny, write_jsonl
+
+from trainer import run
+from trainer.config import InputError, parse_config
+from trainer.report import RunLog
+from trainer.stop import Stopped
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds")
+STEPS = 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Arguments for 30 steps of 8 pairs or less, rows that span two steps, evaluations."""
+    folder = tmp_path_factory.mktemp("tiny")
+    recipe = {
+        "model_name_or_path": save_tiny(folder / "model"),
+        "train_file": write_jsonl(folder / "train.jsonl", [record(i) for i in range(22)]),
+        "eval_file": write_jsonl(folder / "eval.jsonl", [record(i) for i in range(22, 31)]),
+        "per_device_train_batch_size": 8,
+        "max_steps": STEPS,
+        "learning_rate": 3e-3,
+        "cpu_threads": 1,
+        "eval_steps": 5,
+        "logging_steps": 2,
+        "save_steps": 3,
+        "save_total_limit": 2,
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    return ["--config", str(folder / "tiny.yaml"), "--ref_cache_dir", str(folder / "cache")]
+
+
+def outcome(folder):
+    """The metrics without timing fields, and the final weights."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [{k: v for k, v in json.loads(x).items() if k not in TIMINGS} for x in lines]
+    return rows, load_file(folder / "model" / "model.safetensors")
+
+
+def same(a, b):
+    return a[0] == b[0] and all(torch.equal(a[1][name], b[1][name]) for name in a[1] | b[1])
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    run.run(parse_config([*tiny, "--output_dir", str(folder)]))
+    return folder
+
+
+def resume(tiny, folder, where="auto", *words):
+    where = ["--output_dir", str(folder), "--resume_from_checkpoint", str(where)]
+    return run.run(parse_config([*tiny, *where, *words]))
+
+
+def test_only_the_newest_checkpoints_stay(whole):
+    assert sorted(path.name for path in whole.glob("*checkpoint*")) == [
+        "checkpoint-27", "checkpoint-30",
+    ]  # fmt: skip
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tiny, whole, tmp_path):
+    folder, rows = tmp_path / "out", random.Random().randint(5, 12)
+    words = [*tiny, "--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "trainer/run.py", *words], cwd=ROOT, env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < rows:
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (folder / "model").exists()
+
+    (folder / ".checkpoint-99").mkdir()  # a kill while writing leaves this
+    (folder / ".checkpoint-99" / "rank-0.pt").write_bytes(b"half")
+    resume(tiny, folder)
+    assert same(outcome(folder), outcome(whole)), f"killed after {rows} rows"
+    assert not list(folder.glob(".checkpoint-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(tiny, whole, tmp_path, monkeypatch, number):
+    def write_and_send(self, row, write=RunLog.write):
+        write(self, row)
+        if row["step"] == 4:
+            os.kill(os.getpid(), number)
+
+    words = [*tiny, "--output_dir", str(tmp_path / "out"), "--save_steps", "0"]
+    monkeypatch.setattr(RunLog, "write", write_and_send)
+    before = signal.getsignal(number)
+    monkeypatch.setattr(sys, "argv", ["trainer/run.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        run.main()
+    monkeypatch.undo()
+    assert stop.value.code == 128 + number and signal.getsignal(number) is before
+    assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-4"]
+    if number == signal.SIGTERM:
+        resume(tiny, tmp_path / "out")
+        assert same(outcome(tmp_path / "out"), outcome(whole))
+
+
+def test_a_checkpoint_goes_on_in_another_folder_and_another_split(tiny, whole, tmp_path):
+    """Micro-batches and the files' places are free; the numbers are the same up to rounding."""
+    split = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    rows = resume(tiny, tmp_path / "out", whole / "checkpoint-27", *split)
+    wanted = outcome(whole)[0]
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted]
+    timeless = {k: v for k, v in rows[-1].items() if k not in TIMINGS}
+    assert timeless == pytest.approx(wanted[-1], rel=1e-3, abs=1e-4)
+
+
+REFUSED = [
+    (["--learning_rate", "1e-4"], r"learning_rate: .*checkpoint-30 was written with 0.003, got 0"),
+    (["--max_steps", "40"], "max_steps: .* was written with 30, got 40; set it back"),
+    (["--per_device_train_batch_size", "4"], "per_device_train_batch_size .* processes: .*written"),
+    (["--max_length", "64"], "max_length: "),
+    (["--train_file", "{eval}"], "train_file: .* was written with [0-9a-f]{16}, got"),
+    (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: expected auto or a folder"),
+    (["--overwrite_output_dir", "true"], "resume_from_checkpoint: expected null with overwrite"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda x: str(x)[:30])
+def test_a_change_that_alters_the_run_is_refused(tiny, whole, words, message):
+    before = outcome(whole)
+    recipe = yaml.safe_load(Path(tiny[1]).read_text())
+    words = [word.format(eval=recipe["eval_file"]) for word in words]
+    words += ["--eval_file", recipe["eval_file"]] if "--train_file" in words else []
+    with pytest.raises(InputError, match=message):
+        resume(tiny, whole, "auto", *words)
+    assert same(outcome(whole), before)
+
+
+def test_replacing_a_run_removes_its_checkpoints(tiny, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    (folder / "checkpoint-99").mkdir(parents=True)
+    words = [*tiny, "--output_dir", str(folder), "--overwrite_output_dir", "true"]
+    run.run(parse_config([*words, "--max_steps", "1"]))
+    assert not list(folder.glob("*checkpoint*"))
+
+
+def test_stopped_says_where_to_go_on():
+    assert str(Stopped(signal.SIGTERM, Path("out/checkpoint-4"))) == (
+        "SIGTERM: stopped; all is saved in out/checkpoint-4"
+    )

@@ -1,0 +1,221 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+    output_dir/checkpoint-12/
+        progress.json    step, rows of metrics so far, steps not yet in a row, fingerprint
+        weights/         model and optimizer; every rank writes its part, any number can read them
+        rank-0.pt, ...   learning-rate schedule and random states of each process
+
+A folder of that name is complete: it is written and flushed under another name, then renamed. The
+rest of a run (plan, data, reference) follows from its config and data; a checkpoint holds a
+fingerprint of these, and a run that would go on differently is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+import xxhash
+from accelerate import Accelerator
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+from trainer.config import InputError, RunConfig
+from trainer.encoding import Split
+from trainer.loop import Training
+from trainer.packing import Step
+from trainer.ref_cache import data_key
+
+# Said at every save of a single process.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
+PROGRESS_FILE, WEIGHTS_FOLDER = "progress.json", "weights"
+# Fields that may differ on resuming: they change no number of the run, or what they change (tokens,
+# pairs of each step) is in the fingerprint.
+FREE = frozenset(
+    (
+        "train_file", "eval_file", "on_bad_row", "per_device_train_batch_size",
+        "per_device_eval_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch",
+        "ref_cache_dir", "cpu_threads", "output_dir",
+        "overwrite_output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint",
+    )
+)  # fmt: skip
+PLAN = "per_device_train_batch_size * gradient_accumulation_steps * processes"
+
+
+def find_checkpoint(config: RunConfig) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means; None starts from the beginning.
+
+    Raises:
+        InputError: there is no complete checkpoint, or it was written with other fields.
+    """
+    if config.resume_from_checkpoint == "auto":
+        found = _checkpoints(Path(config.output_dir))
+        if not found:
+            return None
+        folder = found[-1]
+    elif config.resume_from_checkpoint:
+        folder = Path(config.resume_from_checkpoint)
+        if not (folder / PROGRESS_FILE).is_file():
+            raise InputError(
+                f"resume_from_checkpoint: expected auto or a folder checkpoint-N, got {folder}"
+            )
+    else:
+        return None
+    check_fingerprint(folder, _fields(config))
+    return folder
+
+
+def read_progress(folder: Path) -> dict[str, object]:
+    """`step`, `rows`, `window` and `fingerprint` of a checkpoint."""
+    return json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+
+
+def fingerprint(
+    config: RunConfig, splits: dict[str, Split], steps: list[Step]
+) -> dict[str, object]:
+    """What decides every number of a run, by the field that sets it; files by their tokens."""
+    order = json.dumps([sorted(step.indices) for step in steps])
+    data = {f"{name}_file": data_key(split.pairs) for name, split in splits.items()}
+    return _fields(config) | data | {PLAN: xxhash.xxh3_64(order.encode()).hexdigest()}
+
+
+def check_fingerprint(folder: Path, now: dict[str, object]) -> None:
+    """Refuse to go on with what differs from `now`.
+
+    Raises:
+        InputError: naming the first field that differs, its old and its new value.
+    """
+    then = read_progress(folder)["fingerprint"]
+    for field, value in now.items():
+        if field not in then or then[field] != value:
+            raise InputError(
+                f"{field}: {folder} was written with {then.get(field)}, got {value}; "
+                "set it back, or start a new run without resume_from_checkpoint"
+            )
+
+
+def save(
+    training: Training,
+    folder: Path,
+    fingerprint: dict[str, object],
+    limit: int | None,
+    accelerator: Accelerator,
+) -> Path:
+    """Write `folder`/checkpoint-STEP on all ranks, then remove all but the newest `limit`."""
+    target = folder / f"checkpoint-{training.step}"
+    draft = folder / f".{target.name}"
+    if accelerator.is_main_process:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    dcp.save(_weights(training), checkpoint_id=draft / WEIGHTS_FOLDER)
+    own = {"schedule": training.schedule.state_dict(), "random": _random_state()}
+    torch.save(own, draft / f"rank-{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        progress = {
+            "step": training.step,
+            "rows": training.log.rows,
+            "window": training.window,
+            "fingerprint": fingerprint,
+        }
+        (draft / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
+        for path in [*draft.rglob("*"), draft]:
+            _flush(path)
+        if target.exists():  # the same step once more, after resuming from an older checkpoint
+            _remove(target)
+        draft.rename(target)
+        _flush(folder)
+        for old in _checkpoints(folder)[: -limit if limit else 0]:
+            _remove(old)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def load(training: Training, folder: Path, accelerator: Accelerator) -> None:
+    """Put a checkpoint's step, weights, moments, schedule and random states into `training`."""
+    progress = read_progress(folder)
+    training.step, training.window = progress["step"], progress["window"]
+    state = _weights(training)
+    dcp.load(state, checkpoint_id=folder / WEIGHTS_FOLDER)
+    set_state_dict(
+        training.model,
+        training.inner_optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=_OPTIONS,
+    )
+    own = folder / f"rank-{accelerator.process_index}.pt"
+    state = torch.load(own if own.exists() else folder / "rank-0.pt", weights_only=True)
+    training.schedule.load_state_dict(state["schedule"])
+    if own.exists():  # a process that the checkpoint does not know keeps its seed
+        _set_random_state(state["random"])
+
+
+def clear(folder: Path, resuming: bool) -> None:
+    """Remove what a killed process left half-written and, unless resuming, an earlier run's."""
+    for path in [*folder.glob(".checkpoint-*"), *([] if resuming else _checkpoints(folder))]:
+        shutil.rmtree(path)
+
+
+# Frozen parameters (all but the adapters, with LoRA) are what the model folder says.
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def _weights(training: Training) -> dict[str, object]:
+    model, optimizer = get_state_dict(training.model, training.inner_optimizer, options=_OPTIONS)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _fields(config: RunConfig) -> dict[str, object]:
+    """The fields that may not differ, as JSON gives them back."""
+    values = dataclasses.asdict(config)
+    return json.loads(json.dumps({k: v for k, v in values.items() if k not in FREE}))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest step first."""
+    numbers = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    return [folder / f"checkpoint-{n}" for n in sorted(int(n) for n in numbers if n.isdigit())]
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that a kill half-way leaves none that looks complete."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}-old")))
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file or a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _random_state() -> dict[str, object]:
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_random_state(state: dict[str, object]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
