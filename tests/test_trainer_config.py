@@ -64,6 +64,8 @@ def test_another_model_or_training_set_drops_what_described_the_old_one():
     assert parse_config(["--train_file", "x.jsonl"]).eval_file == ()
     both = parse_config(["--train_file", "x.jsonl", "--eval_file", "y.jsonl"])
     assert both.eval_file == ("y.jsonl",)
+    hub = parse_config(["--dataset_name", "org/pairs", "--dataset_test_split", "test"])
+    assert (hub.train_file, hub.eval_file, hub.dataset_name) == ((), (), ("org/pairs",))
 
 
 BAD_FIELDS = [
@@ -97,8 +99,18 @@ BAD_FIELDS = [
     ({"on_bad_row": "ignore"}, "on_bad_row: expected one of error, skip, got 'ignore'"),
     ({"scale_eta_by_beta": "maybe"}, "scale_eta_by_beta: expected true or false, got 'maybe'"),
     ({"overwrite_output_dir": 1}, "overwrite_output_dir: expected true or false, got 1"),
-    ({"train_file": 3}, "train_file: expected a path or a list of paths, got 3"),
-    ({"train_file": []}, "train_file: expected a value, got an empty one"),
+    ({"train_file": 3}, "train_file: expected a string, got 3"),
+    ({"train_file": []}, "train_file: expected training data, got none; give train_file or"),
+    ({"train_weights": [1, "much"]}, "train_weights: expected a number, got 'much'"),
+    ({"train_weights": [0]}, "train_weights: expected numbers > 0, got (0.0,)"),
+    ({"train_weights": [1, 1]}, "train_weights: expected one weight per train_file and"),
+    ({"eval_split_ratio": 1}, "eval_split_ratio: expected a number in [0, 1), got 1.0"),
+    ({"eval_split_ratio": 0.1, "eval_file": "e"}, "eval_split_ratio: expected 0 where eval_file"),
+    ({"dataset_config": "x"}, "dataset_config: 'x' is of no data set; give dataset_name"),
+    ({"dataset_test_split": "x"}, "dataset_test_split: 'x' is of no data set; give dataset_name"),
+    ({"max_prompt_length": 0}, "max_prompt_length: expected null or an integer >= 1, got 0"),
+    ({"max_prompt_length": 1024}, "max_prompt_length: expected less than max_length (1024)"),
+    ({"truncation_mode": "keep"}, "truncation_mode: expected one of keep_end, keep_start, drop"),
     ({"output_dir": ""}, "output_dir: expected a value, got an empty one"),
     ({"output_dir": 7}, "output_dir: expected a string, got 7"),
 ]  # fmt: skip

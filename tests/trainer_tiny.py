@@ -16,6 +16,7 @@ from trainer.head import FusedLMHead, fuse_lm_head
 from trainer.model import PreferenceModel, loss_options
 from trainer.ref_cache import Table
 from trainer.reference import fill, lookup, scorer
+from trainer.truncation import Limits
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -23,8 +24,11 @@ CHATML = (
 )
 
 
-def tiny_tokenizer(chat_template=CHATML):
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def tiny_tokenizer(chat_template=CHATML, specials=SPECIALS):
+    specials = list(dict.fromkeys([*SPECIALS, *specials]))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(specials + alphabet)}
     backend = Tokenizer(models.BPE(vocabulary, merges=[]))
@@ -117,7 +121,7 @@ def write_jsonl(path, records):
 
 def tiny_split(count=8, tokenizer=None, max_length=256):
     rows = [check_record(record(i), f"memory:{i}") for i in range(count)]
-    return encode_rows(rows, tokenizer or tiny_tokenizer(), max_length, BadRows("error"))
+    return encode_rows(rows, tokenizer or tiny_tokenizer(), Limits(max_length), BadRows("error"))
 
 
 def tiny_config(**fields):
@@ -158,8 +162,8 @@ def sequence_logps(model, sequences):
     """Summed response log-probs by the model's own logits, one sequence at a time."""
     logps = []
     for sequence in sequences:
-        logits = model(input_ids=torch.tensor([sequence.ids])).logits[0]
-        labels = torch.tensor(sequence.labels)
+        logits = model(input_ids=torch.as_tensor(sequence.ids)[None]).logits[0]
+        labels = torch.as_tensor(sequence.labels).long()
         kept = labels != IGNORE
         picked = logits.log_softmax(-1)[kept].gather(1, labels[kept, None])
         logps.append(picked.sum())

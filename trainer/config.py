@@ -24,12 +24,15 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "trainer" / "recipes" / "smollm2-cpu.yaml"
-# Overriding the second on the command line drops the recipe's first: it described the old one.
-BELONGS_TO = {
-    "gguf_file": "model_name_or_path",
-    "logit_scale": "model_name_or_path",
-    "logit_softcap": "model_name_or_path",
-    "eval_file": "train_file",
+DATA = (
+    "train_file", "eval_file", "dataset_name", "dataset_config", "dataset_train_split",
+    "dataset_test_split", "train_weights", "eval_split_ratio",
+)  # fmt: skip
+# Overriding the first on the command line drops what the recipe says of the old one.
+DESCRIBED_BY = {
+    "model_name_or_path": ("gguf_file", "logit_scale", "logit_softcap"),
+    "train_file": DATA,
+    "dataset_name": DATA,
 }
 
 
@@ -43,20 +46,40 @@ class RunConfig:
 
     model_name_or_path: str
     """Folder or hub id of the policy, or `package:NAME`, the folder of a Python package."""
-    train_file: tuple[str, ...]
-    """JSONL or Parquet files of training pairs, from the working directory or the repository."""
     gguf_file: str | None = None
     """Name of a GGUF file inside the model folder; its weights are dequantized."""
     logit_scale: float | None = None
     """Factor on lm_head's output, for an architecture that the trainer does not know."""
     logit_softcap: float | None = None
     """Softcap of lm_head's output, for an architecture that the trainer does not know."""
+
+    train_file: tuple[str, ...] = ()
+    """JSONL, Parquet or CSV files of training pairs, from the working folder or the repository."""
     eval_file: tuple[str, ...] = ()
-    """JSONL or Parquet files of held-out pairs; none means no evaluation."""
+    """JSONL, Parquet or CSV files of held-out pairs."""
+    dataset_name: tuple[str, ...] = ()
+    """Hub data sets of training pairs, or folders laid out like one; added to `train_file`."""
+    dataset_config: str | None = None
+    """Configuration of the data sets, where they have several."""
+    dataset_train_split: str = "train"
+    """Split of the data sets to train on."""
+    dataset_test_split: str | None = None
+    """Split of the data sets to evaluate on; added to `eval_file`."""
+    train_weights: tuple[float, ...] = ()
+    """How often an epoch takes each source's rows, files before data sets: 0.25 is a quarter of
+    them, 2 every row twice; none means all once."""
+    eval_split_ratio: float = 0.0
+    """Share of the training prompts to hold out for evaluation, with all their rows; by `seed`."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What an unusable row does: stop the run before it starts, or be left out and counted."""
     max_length: int = 1024
-    """Most tokens of a sequence; longer pairs lose the prompt's start or the response's end."""
+    """Most tokens of a sequence; a longer pair loses prompt tokens, then the responses' ends."""
+    max_prompt_length: int | None = None
+    """Prompt tokens that a longer pair keeps in any case; null is half of `max_length`."""
+    truncation_mode: Literal["keep_end", "keep_start", "drop"] = "keep_end"
+    """Which end of a cut prompt remains; `drop` leaves pairs over a limit out and counts them."""
+    chat_template_path: str | None = None
+    """Jinja file that stands in for the tokenizer's chat template, and is saved with the model."""
 
     loss_type: str = "sigmoid"
     """Preference term, any of `rpo_kernels.losses.LOSSES`."""
@@ -151,9 +174,12 @@ class RunConfig:
                 "resume_from_checkpoint: expected null with overwrite_output_dir, which removes "
                 "the run to go on with; drop one of the two"
             )
-        for field in ("model_name_or_path", "output_dir", "train_file"):
+        for field in ("model_name_or_path", "output_dir"):
             if not getattr(self, field):
                 raise InputError(f"{field}: expected a value, got an empty one")
+        for message, holds in _IMPOSSIBLE.items():
+            if holds(self):
+                raise InputError(message.format(**vars(self)))
 
     def to_yaml(self) -> str:
         """Every field and its value, readable by `--config`."""
@@ -165,7 +191,10 @@ class RunConfig:
 _RANGES = {
     "logit_scale": ("null or a number > 0", lambda x: 0 < x < float("inf")),
     "logit_softcap": ("null or a number > 0", lambda x: 0 < x < float("inf")),
+    "train_weights": ("numbers > 0", lambda x: all(0 < y < float("inf") for y in x)),
+    "eval_split_ratio": ("a number in [0, 1)", lambda x: 0 <= x < 1),
     "max_length": ("an integer >= 8", lambda x: x >= 8),
+    "max_prompt_length": ("null or an integer >= 1", lambda x: x >= 1),
     "beta": ("a number > 0", lambda x: 0 < x < float("inf")),
     "eta": ("a number >= 0", lambda x: 0 <= x < float("inf")),
     "label_smoothing": ("a number in [0, 0.5)", lambda x: 0 <= x < 0.5),
@@ -187,6 +216,26 @@ _RANGES = {
     "save_steps": ("an integer >= 0", lambda x: x >= 0),
     "save_total_limit": ("null or an integer >= 1", lambda x: x >= 1),
 }
+# Combinations that make no sense, by what is said of them.
+_IMPOSSIBLE: dict[str, typing.Callable[[RunConfig], bool]] = {
+    "train_file: expected training data, got none; give train_file or dataset_name": lambda c: (
+        not (c.train_file or c.dataset_name)
+    ),
+    "dataset_config: {dataset_config!r} is of no data set; give dataset_name": lambda c: (
+        c.dataset_config is not None and not c.dataset_name
+    ),
+    "dataset_test_split: {dataset_test_split!r} is of no data set; give dataset_name, or eval_file "
+    "for files": lambda c: c.dataset_test_split is not None and not c.dataset_name,
+    "train_weights: expected one weight per train_file and dataset_name, got {train_weights}": (
+        lambda c: len(c.train_weights) not in (0, len(c.train_file) + len(c.dataset_name))
+    ),
+    "eval_split_ratio: expected 0 where eval_file or dataset_test_split holds the evaluation's "
+    "pairs, got {eval_split_ratio}": lambda c: (
+        c.eval_split_ratio > 0 and bool(c.eval_file or c.dataset_test_split)
+    ),
+    "max_prompt_length: expected less than max_length ({max_length}), so that responses keep some "
+    "tokens; got {max_prompt_length}": lambda c: (c.max_prompt_length or 0) >= c.max_length,
+}
 
 
 def _kinds() -> dict[str, object]:
@@ -205,10 +254,8 @@ def _convert(field: str, value: object, kind: object) -> object:
             raise InputError(f"{field}: expected one of {', '.join(choices)}, got {value!r}")
         return value
     if typing.get_origin(kind) is tuple:
-        values = [value] if isinstance(value, str) else [] if value is None else value
-        if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
-            raise InputError(f"{field}: expected a path or a list of paths, got {value!r}")
-        return tuple(values)
+        values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(field, v, typing.get_args(kind)[0]) for v in values)
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
     try:
         return _scalar(value, kind)
@@ -329,8 +376,8 @@ def parse_config(argv: list[str]) -> RunConfig:
             raise InputError(f"command line: expected --field value, got {word!r}")
         check_keys([word[2:].partition("=")[0]], "command line")
     values = _read_yaml(DEFAULT_RECIPE if recipe is None else find_file(recipe))
-    for field, owner in BELONGS_TO.items():
-        if owner in overrides:
+    for owner in DESCRIBED_BY.keys() & overrides.keys():
+        for field in DESCRIBED_BY[owner]:
             values.pop(field, None)
     values.update(overrides)
     for field in dataclasses.fields(RunConfig):

@@ -1,4 +1,4 @@
-"""Preference rows from local files, checked one by one before any model is loaded.
+"""Preference rows, checked one by one before any model is loaded.
 
 A row holds `prompt`, `chosen` and `rejected`, either all strings or all lists of chat messages
 {role, content}:
@@ -7,26 +7,29 @@ A row holds `prompt`, `chosen` and `rejected`, either all strings or all lists o
      "chosen": [{"role": "assistant", "content": "4."}],
      "rejected": [{"role": "assistant", "content": "5."}]}
 
-Responses may span several turns (assistant, user, assistant, ...). Other fields are ignored. A row
-that cannot be used is reported with its file and line; `on_bad_row` says whether that stops the
-run.
+The prompt may also be implicit: what chosen and rejected begin with. Responses may span several
+turns (assistant, user or tool, assistant, ...). `tools` holds what the chat template is told of
+tools. Other fields are ignored. A row that cannot be used is reported with its place; `on_bad_row`
+says whether that stops the run.
 """
 
 from __future__ import annotations
 
 import json
+import os.path
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from trainer.config import InputError, RunConfig, find_file
+from trainer.config import InputError
 
-FIELDS = ("prompt", "chosen", "rejected")
-ROLES = ("system", "user", "assistant")
+RESPONSES = ("chosen", "rejected")
+FIELDS = ("prompt", *RESPONSES, "tools")
+ROLES = ("system", "user", "assistant", "tool")
+MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 SHOWN = 5  # bad rows spelled out in an error; the rest are counted
 
-Text = str | list[dict[str, str]]
+Message = dict[str, object]
+Text = str | list[Message]
 
 
 class BadRow(Exception):
@@ -37,112 +40,59 @@ class BadRow(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One preference: prompt, preferred response, other response; `source` is `file:line`."""
+    """One preference: prompt, preferred response, other response, and where it comes from."""
 
     prompt: Text
     chosen: Text
     rejected: Text
     source: str
+    """`file:line`, or `dataset[split]:row`."""
+    tools: list[dict] | None = None
+    """JSON schemas of the tools, for the chat template."""
 
 
 @dataclass
 class BadRows:
-    """What was wrong with the rows of a set of files, and the policy: `error` or `skip`."""
+    """What was wrong with the rows of a split, and the policy: `error` or `skip`."""
 
     policy: str
     problems: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
 
     def add(self, source: str, problem: BadRow) -> None:
-        """Note the row at `source` (`file:line`)."""
+        """Note the row at `source`."""
         self.problems.append(f"{source}: {problem}")
         self.reasons[problem.reason] += 1
 
-    def settle(self, kept: int) -> None:
-        """Raise `InputError` if a row is bad and the policy is `error`, or if no row is left."""
+    def settle(self, kept: int, dropped: Counter[str] | None = None) -> None:
+        """Raise `InputError` if a row is bad and the policy is `error`, or if no row is left.
+
+        Args:
+            kept: number of rows left.
+            dropped: rows left out for other reasons than being bad, by reason.
+        """
         if self.problems and self.policy == "error":
             shown = "\n  ".join(self.problems[:SHOWN])
-            more = (
-                f"\n  ... and {len(self.problems) - SHOWN} more"
-                if len(self.problems) > SHOWN
-                else ""
-            )
+            rest = len(self.problems) - SHOWN
+            more = f"\n  ... and {rest} more" if rest > 0 else ""
             raise InputError(
                 f"{len(self.problems)} unusable row(s):\n  {shown}{more}\n"
                 "fix them, or leave them out with --on_bad_row skip"
             )
         if kept == 0:
-            why = f" ({dict(self.reasons)})" if self.reasons else ""
-            raise InputError(f"no usable preference pair in the given files{why}")
-
-
-def read_splits(config: RunConfig) -> dict[str, tuple[list[Row], BadRows]]:
-    """The rows of `train_file` and, if there is one, `eval_file`, as `train` and `eval`."""
-    splits = {}
-    for name, files in (("train", config.train_file), ("eval", config.eval_file)):
-        if files:
-            bad = BadRows(config.on_bad_row)
-            splits[name] = (read_rows(files, bad), bad)
-    return splits
-
-
-def read_rows(paths: tuple[str, ...], bad: BadRows) -> list[Row]:
-    """Read and check every row of JSONL and Parquet files.
-
-    Args:
-        paths: files ending in .jsonl, .json (one object a line) or .parquet.
-        bad: receives the rows that cannot be used; with its policy `error` they raise once all
-            files are read.
-
-    Raises:
-        InputError: a missing or unreadable file, an unknown file type, no usable row, or bad rows
-            under the policy `error`.
-    """
-    rows = []
-    for name in paths:
-        path = find_file(name)
-        readers = {".jsonl": _jsonl_lines, ".json": _jsonl_lines, ".parquet": _parquet_records}
-        reader = readers.get(path.suffix)
-        if reader is None:
-            raise InputError(
-                f"{name}: expected a .jsonl or .parquet file, got {path.suffix or 'no suffix'}"
-            )
-        for number, record in reader(path):
-            source = f"{name}:{number}"
-            try:
-                rows.append(check_record(record, source))
-            except BadRow as problem:
-                bad.add(source, problem)
-    bad.settle(len(rows))
-    return rows
-
-
-def _jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, line
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}") from None
-    yield from enumerate(table.to_pylist(), 1)
+            reasons = self.reasons + (dropped or Counter())
+            why = f" ({dict(reasons)})" if reasons else ""
+            raise InputError(f"no usable preference pair in the given data{why}")
 
 
 def check_record(record: bytes | dict, source: str) -> Row:
-    """Turn one line of JSON, or one Parquet record, into a `Row`.
+    """Turn one line of JSON, or one record, into a `Row`.
 
     Raises:
-        BadRow: not JSON, a field missing or of the wrong form, an empty response, or chosen equal
-            to rejected.
+        BadRow: not JSON, a field missing or of the wrong form, no common prompt, turns out of
+            order, an empty response, or chosen equal to rejected.
     """
     if isinstance(record, bytes):
         try:
@@ -151,30 +101,27 @@ def check_record(record: bytes | dict, source: str) -> Row:
             raise BadRow("not valid JSON", str(error)) from None
     if not isinstance(record, dict):
         raise BadRow("not a JSON object", f"got {type(record).__name__}")
-    missing = [name for name in FIELDS if record.get(name) is None]
+    missing = [name for name in RESPONSES if record.get(name) is None]
     if missing:
         raise BadRow(
             "missing field",
             f"{', '.join(missing)} (the row has {', '.join(map(str, record)) or 'no field'})",
         )
-    texts = {name: _check_text(name, record[name]) for name in FIELDS}
-    if len({type(text) for text in texts.values()}) > 1:
-        forms = ", ".join(
-            f"{name} is a {'string' if isinstance(text, str) else 'list'}"
-            for name, text in texts.items()
-        )
-        raise BadRow("mixed forms", f"expected all strings or all message lists, but {forms}")
-    if isinstance(texts["prompt"], list):
-        _check_turns(texts)
-    for name in ("chosen", "rejected"):
-        _check_not_empty(name, texts[name])
-    if texts["chosen"] == texts["rejected"]:
+    chosen, rejected = (_check_text(name, record[name]) for name in RESPONSES)
+    if chosen == rejected:
         raise BadRow("chosen equals rejected", "")
-    return Row(**texts, source=source)
+    prompt = record.get("prompt")
+    prompt = None if prompt is None else _check_text("prompt", prompt)
+    prompt, chosen, rejected = _split_prompt(prompt, chosen, rejected)
+    if isinstance(prompt, list):
+        _check_turns(prompt, chosen, rejected)
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        _check_not_empty(name, text)
+    return Row(prompt, chosen, rejected, source, _check_tools(record.get("tools"), prompt))
 
 
 def _check_text(name: str, text: object) -> Text:
-    """A string as it is, or a message list reduced to role and content."""
+    """A string as it is, or a message list reduced to the fields that templates know."""
     if isinstance(text, str):
         return text
     if not isinstance(text, list):
@@ -182,29 +129,98 @@ def _check_text(name: str, text: object) -> Text:
             "wrong type",
             f"{name}: expected a string or a list of messages, got {type(text).__name__}",
         )
-    messages = []
-    for i, message in enumerate(text):
-        role, content = (
-            (message.get("role"), message.get("content"))
-            if isinstance(message, dict)
-            else (None, None)
+    return [_check_message(f"{name}[{i}]", message) for i, message in enumerate(text)]
+
+
+def _check_message(place: str, message: object) -> Message:
+    known = message if isinstance(message, dict) else {}
+    calls = known.get("tool_calls")
+    content = known.get("content")
+    speaks = isinstance(content, str) or (content is None and calls)
+    if known.get("role") not in ROLES or not speaks or not isinstance(calls, list | None):
+        raise BadRow(
+            "bad message",
+            f"{place}: expected role in {', '.join(ROLES)} and a string content "
+            f"(or a list of tool_calls), got {message!r:.80}",
         )
-        if role not in ROLES or not isinstance(content, str):
-            raise BadRow(
-                "bad message",
-                f"{name}[{i}]: expected role in {', '.join(ROLES)} and a string content, "
-                f"got {message!r:.80}",
-            )
-        messages.append({"role": role, "content": content})
-    return messages
+    kept = {k: known[k] for k in MESSAGE_FIELDS if known.get(k)} | {"content": content or ""}
+    return kept if not calls else kept | {"tool_calls": _without_nulls(calls)}
 
 
-def _check_turns(texts: dict[str, Text]) -> None:
-    prompt = texts["prompt"]
+def _without_nulls(value: object) -> object:
+    """Nested JSON without the nulls by which tables fill fields that other rows have."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _check_tools(tools: object, prompt: Text) -> list[dict] | None:
+    """The `tools` column: a list of JSON objects, or the same as JSON text."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise BadRow("bad tools", f"not valid JSON: {error}") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("bad tools", f"expected a list of JSON objects, got {tools!r:.80}")
+    if isinstance(prompt, str):
+        raise BadRow("bad tools", "strings have no chat template to show tools; use messages")
+    return _without_nulls(tools)
+
+
+def _split_prompt(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
+    """Prompt and responses in one form; an implicit prompt is taken off what both begin with.
+
+    Message lists that begin with the prompt's own messages hold an implicit prompt, whether or
+    not a `prompt` beside them says it again as a string.
+    """
+    forms = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    repeated = isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list)
+    if prompt is not None and not repeated:
+        if len({type(text) for text in forms.values()}) > 1:
+            raise _mixed_forms(forms)
+        return prompt, chosen, rejected
+    if type(chosen) is not type(rejected):
+        raise _mixed_forms(forms)
+    if isinstance(chosen, str):
+        size = len(os.path.commonprefix([chosen, rejected]))
+        while size and not (
+            chosen[size : size + 1].isspace() and rejected[size : size + 1].isspace()
+        ):
+            size -= 1
+        size = len(chosen[:size].rstrip())  # white space belongs to the response
+        if not size:
+            raise BadRow("no common prompt", "without prompt, both must begin with the same words")
+        return chosen[:size], chosen[size:], rejected[size:]
+    size = 0
+    while size < min(len(chosen), len(rejected)) and chosen[size] == rejected[size]:
+        size += 1
+    while size and chosen[size - 1]["role"] == "assistant":
+        size -= 1
+    shared = chosen[:size]
+    if repeated and not any(message["content"] == prompt for message in shared):
+        raise _mixed_forms(forms)
+    if not size:
+        raise BadRow("no common prompt", "without prompt, both must begin with the same messages")
+    return shared, chosen[size:], rejected[size:]
+
+
+def _mixed_forms(texts: dict[str, Text | None]) -> BadRow:
+    forms = ", ".join(
+        f"{name} is a {'string' if isinstance(text, str) else 'list'}"
+        for name, text in texts.items()
+        if text is not None
+    )
+    return BadRow("mixed forms", f"expected all strings or all message lists, but {forms}")
+
+
+def _check_turns(prompt: list[Message], *responses: list[Message]) -> None:
     if not prompt or prompt[-1]["role"] == "assistant":
-        raise BadRow("bad turns", "prompt must end with a user or system message")
-    for name in ("chosen", "rejected"):
-        roles = [message["role"] for message in texts[name]]
+        raise BadRow("bad turns", "prompt must end with a user, system or tool message")
+    for name, messages in zip(RESPONSES, responses, strict=True):
+        roles = [message["role"] for message in messages]
         if roles and (roles[0] != "assistant" or roles[-1] != "assistant"):
             raise BadRow(
                 "bad turns",
@@ -213,10 +229,10 @@ def _check_turns(texts: dict[str, Text]) -> None:
 
 
 def _check_not_empty(name: str, text: Text) -> None:
-    parts = (
-        [text]
-        if isinstance(text, str)
-        else [m["content"] for m in text if m["role"] == "assistant"]
-    )
-    if not parts or not all(part.strip() for part in parts):
+    if isinstance(text, str):
+        said = [text.strip()]
+    else:
+        own = [message for message in text if message["role"] == "assistant"]
+        said = [message["content"].strip() or message.get("tool_calls") for message in own]
+    if not said or not all(said):
         raise BadRow("empty response", name)

@@ -1,42 +1,57 @@
-"""From text to token ids and labels: chat template, which tokens are trained on, truncation.
+"""From text to token ids and labels: chat template, which tokens are trained on.
 
 Prompt and response are rendered together, and the prompt's tokens must be a prefix of the result:
 so the model is trained on exactly the tokens that it will see at inference. Only assistant messages
 of the response are trained on, each up to and including its end-of-turn token. Labels are aligned
 with hidden states: `labels[t]` is the token that position t predicts.
+
+A response is a list of stages: the text from the start of the prompt up to some point, and whether
+what it adds to the stage before is trained on. The first stage is the prompt. All stages of many
+rows are tokenized in one call, which uses every core.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trainer.data import BadRow, BadRows, Row, Text
+from trainer.config import InputError, find_file
+from trainer.data import BadRow, BadRows, Message, Row
+from trainer.report import progress
+from trainer.truncation import Limits
 
 if TYPE_CHECKING:
     from trainer.packing import Batch
 
 IGNORE = -100
+CHUNK = 256  # rows that are tokenized in one call
+
+Stage = tuple[str, bool]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Sequence:
     """One prompt and response: T token ids; T labels, the next id if it is trained on, or -100."""
 
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    ids: np.ndarray
+    """(T,) int32."""
+    labels: np.ndarray
+    """(T,) int32."""
 
     @property
     def trained_tokens(self) -> int:
         """Number of tokens that the loss sees."""
-        return sum(label != IGNORE for label in self.labels)
+        return int((self.labels != IGNORE).sum())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Pair:
     """The chosen and the rejected sequence of one row."""
 
@@ -56,7 +71,7 @@ class Pair:
         return self.tokens - self.shared
 
 
-@dataclass(slots=True)
+@dataclass
 class Split:
     """A data set ready to train on or to evaluate: its pairs, and what the report says of them."""
 
@@ -66,162 +81,228 @@ class Split:
     """Summed reference log-probs (2B,) in nats of a batch of pairs, chosen ones first."""
 
 
+def use_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
+    """Let a Jinja file stand in for the tokenizer's own chat template, if there is one."""
+    if path is not None:
+        template = Path(find_file(path)).read_text(encoding="utf-8")
+        if not template.strip():
+            raise InputError(f"chat_template_path: {path} is empty")
+        tokenizer.chat_template = template
+
+
 def encode_rows(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, bad: BadRows
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, limits: Limits, bad: BadRows
 ) -> Split:
     """Encode every row.
 
     Args:
         rows: checked rows.
         tokenizer: renders chat messages by its chat template; strings are concatenated.
-        max_length: most tokens a sequence may have, >= 2; see `truncate` for what is cut.
-        bad: receives the rows whose prompt is no prefix of the rendered text, or whose responses
-            are equal once cut.
+        limits: most tokens of a sequence, and what becomes of a longer pair.
+        bad: receives the rows whose prompt is no prefix of the rendered text.
 
     Returns:
-        The pairs, with counts of pairs, tokens, trained tokens, truncated pairs and bad rows.
+        The pairs, with counts of pairs, tokens, trained tokens, truncated and dropped pairs, and
+        bad rows.
 
     Raises:
         InputError: bad rows under the policy `error`, or no row left.
     """
-    pairs, truncated = [], 0
-    for row in rows:
-        try:
-            prompt, chosen, rejected = _render_pair(row, tokenizer)
-            too_long = len(prompt) + max(len(chosen), len(rejected)) > max_length
-            prompt, chosen, rejected = truncate(prompt, chosen, rejected, max_length)
-            if chosen == rejected:
-                raise BadRow("responses equal after truncation", f"max_length is {max_length}")
-        except BadRow as problem:
-            bad.add(row.source, problem)
-            continue
-        truncated += too_long
-        pairs.append(Pair(_sequence(prompt, chosen), _sequence(prompt, rejected)))
-    bad.settle(len(pairs))
+    encoder, pairs = Encoder(tokenizer, limits), []
+    for start in progress(range(0, len(rows), CHUNK), "encoding"):
+        for row, result in encoder.encode(rows[start : start + CHUNK]):
+            if isinstance(result, BadRow):
+                bad.add(row.source, result)
+            else:
+                pairs.append(result)
+    bad.settle(len(pairs), encoder.dropped)
+    sources = Counter(row.source.rpartition(":")[0] for row in rows)
     report = {
         "pairs": len(pairs),
         "tokens": sum(pair.tokens for pair in pairs),
         "trained_tokens": sum(s.trained_tokens for p in pairs for s in (p.chosen, p.rejected)),
-        "truncated_pairs": truncated,
+        "longest": max(len(s.ids) for p in pairs for s in (p.chosen, p.rejected)),
+        "truncated_pairs": encoder.truncated["pairs"],
+        "truncated_prompts": encoder.truncated["prompts"],
+        "truncated_responses": encoder.truncated["responses"],
+        "dropped": dict(encoder.dropped),
         "bad_rows": dict(bad.reasons),
+        "sources": dict(sources),
     }
     return Split(pairs, report)
 
 
-Token = tuple[int, bool]  # id, whether it is trained on
+class Encoder:
+    """A tokenizer, its special tokens, and the limits; counts what it cuts and drops."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+        """Look the special tokens up once."""
+        self.tokenizer, self.limits = tokenizer, limits
+        added = {token for token, info in tokenizer.added_tokens_decoder.items() if info.special}
+        self.special = added | set(tokenizer.all_special_ids)
+        self.opening: list[int] | None = None
+        self.dropped: Counter[str] = Counter()
+        self.truncated: Counter[str] = Counter()
 
-def truncate(
-    prompt: list[Token], chosen: list[Token], rejected: list[Token], max_length: int
-) -> tuple[list[Token], list[Token], list[Token]]:
-    """Cut a pair to `max_length`, keeping both prompts equal and no response empty.
+    def encode(self, rows: list[Row]) -> list[tuple[Row, Pair | BadRow]]:
+        """The pairs of a few rows, or what is wrong with them; dropped rows are missing."""
+        rendered, results = [], []
+        for row in rows:
+            try:
+                rendered.append((row, self._render(row)))
+            except BadRow as problem:
+                results.append((row, problem))
+        plain, chat = set(), set()
+        for row, responses in rendered:
+            texts = plain if isinstance(row.prompt, str) else chat
+            texts.update(text for stages in responses for text, _ in stages)
+        ids = {False: self._tokenize(plain, chat=False), True: self._tokenize(chat, chat=True)}
+        for row, responses in rendered:
+            is_chat = not isinstance(row.prompt, str)
+            try:
+                parts = [self._assemble(stages, ids[is_chat], is_chat) for stages in responses]
+                pair = self._pair(parts, is_chat)
+            except BadRow as problem:
+                results.append((row, problem))
+            else:
+                results += [(row, pair)] if pair else []
+        return results
 
-    A prompt that leaves too little room loses its start, but never more than makes room for
-    `max_length // 2` response tokens; what is still too long loses the end of its response.
-    """
-    longest = max(len(chosen), len(rejected))
-    room = max_length - min(longest, max_length // 2)
-    prompt = prompt[max(0, len(prompt) - room) :]
-    left = max_length - len(prompt)
-    return prompt, chosen[:left], rejected[:left]
+    def _render(self, row: Row) -> list[list[Stage]]:
+        """The stages of chosen and rejected."""
+        responses = (row.chosen, row.rejected)
+        if isinstance(row.prompt, str):
+            return [[(row.prompt, False), (row.prompt + text, True)] for text in responses]
+        prompt = self._text(row.prompt, row.tools, opened=True)
+        rendered = []
+        for response in responses:
+            stages = [(prompt, False)]
+            for i, message in enumerate(response):
+                if message["role"] == "assistant":
+                    before = row.prompt + response[:i]
+                    if i:
+                        stages.append((self._text(before, row.tools, opened=True), False))
+                    stages.append((self._text([*before, message], row.tools, opened=False), True))
+            rendered.append(stages)
+        return rendered
 
-
-def _sequence(prompt: list[Token], response: list[Token]) -> Sequence:
-    tokens = prompt + response
-    labels = [token if trained else IGNORE for token, trained in tokens[1:]]
-    return Sequence(tuple(token for token, _ in tokens), (*labels, IGNORE))
-
-
-def _render_pair(
-    row: Row, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Token], list[Token], list[Token]]:
-    render = _render_strings if isinstance(row.prompt, str) else _render_messages
-    prompt, chosen = render(row.prompt, row.chosen, tokenizer)
-    _, rejected = render(row.prompt, row.rejected, tokenizer)
-    return [(token, False) for token in prompt], chosen, rejected
-
-
-def _after(prefix: list[int], full: list[int], remedy: str) -> list[int]:
-    if full[: len(prefix)] != prefix:
-        raise BadRow(
-            "prompt is no prefix", f"its tokens change when the response follows; {remedy}"
-        )
-    return full[len(prefix) :]
-
-
-def _render_strings(
-    prompt: str, response: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[Token]]:
-    """Plain text: the tokenizer's own BOS, prompt, response, and EOS once."""
-    eos = tokenizer.eos_token_id
-    prompt_ids, full_ids = (
-        _without(tokenizer(text)["input_ids"], eos) for text in (prompt, prompt + response)
-    )
-    response_ids = _after(
-        prompt_ids, full_ids, "begin the response with the space or line break between the two"
-    )
-    if not prompt_ids:
-        raise BadRow(
-            "empty prompt", "nothing predicts the first response token (this tokenizer adds no BOS)"
-        )
-    return prompt_ids, [(token, True) for token in (*response_ids, *([] if eos is None else [eos]))]
-
-
-def _without(ids: list[int], eos: int | None) -> list[int]:
-    return ids[:-1] if ids and ids[-1] == eos else ids
-
-
-def _render_messages(
-    prompt: Text, response: Text, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[Token]]:
-    """Chat messages: rendered up to where each assistant message begins, and to where it ends."""
-    if tokenizer.chat_template is None:
-        raise BadRow(
-            "no chat template",
-            "the tokenizer has none; use string rows or a chat model's tokenizer",
-        )
-
-    def ids_of(messages: list[dict[str, str]], opened: bool) -> list[int]:
-        try:
-            return tokenizer.apply_chat_template(
-                messages, add_generation_prompt=opened, return_dict=False
+    def _text(self, messages: list[Message], tools: list[dict] | None, opened: bool) -> str:
+        if self.tokenizer.chat_template is None:
+            raise BadRow(
+                "no chat template",
+                "the tokenizer has none; use string rows, a chat model's tokenizer, or "
+                "chat_template_path",
             )
-        except (
-            Exception
-        ) as error:  # templates raise jinja2 errors of their own for role orders they refuse
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=opened, tokenize=False
+            )
+        except Exception as error:  # templates raise errors of their own for roles they refuse
             raise BadRow("chat template refuses the messages", str(error)) from None
 
-    remedy = "the chat template rewrites earlier turns, or the response begins with white space"
-    prompt_ids = ids_of(prompt, opened=True)
-    done, tokens = list(prompt_ids), []
-    for i, message in enumerate(response):
-        if message["role"] != "assistant":
-            continue
-        opened = ids_of(prompt + response[:i], opened=True)
-        closed = ids_of(prompt + response[: i + 1], opened=False)
-        tokens += [(token, False) for token in _after(done, opened, remedy)]
-        turn = _after(opened, closed, remedy)
-        end = _end_of_turn(turn, tokenizer)
-        tokens += [(token, k < end) for k, token in enumerate(turn)]
-        done = closed
-    while not tokens[-1][
-        1
-    ]:  # what the template writes after the last end-of-turn token predicts nothing
-        tokens.pop()
-    special = _special_ids(tokenizer)
-    if (
-        tokens[-1][0] not in special and tokenizer.eos_token_id is not None
-    ):  # a template that never ends a turn
-        tokens.append((tokenizer.eos_token_id, True))
-    return prompt_ids, tokens
+    def _tokenize(self, texts: set[str], chat: bool) -> dict[str, list[int]]:
+        """Token ids of texts; strings get the tokenizer's own BOS, unless they bring one."""
+        if not texts:
+            return {}
+        listed = list(texts)
+        rows = self.tokenizer(
+            listed, add_special_tokens=not chat, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if not chat:
+            rows = [_without_end(ids, eos) for ids in rows]
+        if bos is not None:
+            rows = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in rows]
+        return dict(zip(listed, rows, strict=True))
+
+    def _assemble(
+        self, stages: list[Stage], ids: dict[str, list[int]], chat: bool
+    ) -> tuple[list[int], list[int], list[bool]]:
+        """Tokens of the prompt, tokens of the response, and which of those are trained on."""
+        done = prompt = ids[stages[0][0]]
+        if not prompt:
+            raise BadRow("empty prompt", "nothing predicts the first token (there is no BOS)")
+        tokens: list[int] = []
+        trained: list[bool] = []
+        for text, train in stages[1:]:
+            now = ids[text]
+            if now[: len(done)] != done:
+                raise BadRow(
+                    "prompt is no prefix",
+                    "its tokens change when the response follows; "
+                    + (
+                        "the chat template rewrites earlier turns, or the response begins with "
+                        "white space"
+                        if chat
+                        else "begin the response with the space or line break between the two"
+                    ),
+                )
+            turn = now[len(done) :]
+            end = 0 if not train else self._end_of_turn(turn) if chat else len(turn)
+            tokens += turn
+            trained += [k < end for k in range(len(turn))]
+            done = now
+        while trained and not trained[-1]:  # what follows the last end of turn predicts nothing
+            tokens.pop()
+            trained.pop()
+        if not trained:
+            raise BadRow("nothing to train on", "the response renders to no token")
+        eos = self.tokenizer.eos_token_id
+        ended = chat and tokens[-1] in self.special  # or the template never ends a turn
+        if eos is not None and not ended:
+            tokens, trained = [*tokens, eos], [*trained, True]
+        return prompt, tokens, trained
+
+    def _end_of_turn(self, turn: list[int]) -> int:
+        """Trained length of an assistant turn: up to its last special token, inclusive, or all."""
+        ends = (k for k in range(len(turn), 0, -1) if turn[k - 1] in self.special)
+        return next(ends, len(turn))
+
+    def _pair(self, parts: list[tuple], chat: bool) -> Pair | None:
+        """Cut to the limits; None if the pair is dropped."""
+        prompt, limits = np.array(parts[0][0], np.int32), self.limits
+        lengths = [len(tokens) for _, tokens, _ in parts]
+        why = limits.too_long(len(prompt), max(lengths))
+        if why and limits.mode == "drop":
+            self.dropped[why] += 1
+            return None
+        left = max(lengths)
+        if len(prompt) + left > limits.max_length:
+            head = int(prompt[0] == self.tokenizer.bos_token_id)
+            tail = self._opening_length(prompt) if chat and limits.mode == "keep_start" else 0
+            remains, left = limits.cut(len(prompt), max(lengths), head, tail)
+            if all(tokens[:left] == parts[0][1][:left] for _, tokens, _ in parts):
+                self.dropped["responses equal after truncation"] += 1
+                return None
+            self.truncated["pairs"] += 1
+            self.truncated["prompts"] += len(remains) < len(prompt)
+            self.truncated["responses"] += sum(length > left for length in lengths)
+            prompt = prompt[remains]
+        return Pair(*(_sequence(prompt, tokens[:left], trained) for _, tokens, trained in parts))
+
+    def _opening_length(self, prompt: np.ndarray) -> int:
+        """How many of the prompt's last tokens open the assistant's turn."""
+        if self.opening is None:
+            probe: list[Message] = [{"role": "user", "content": "a"}]
+            closed, opened = (self._text(probe, None, opened=o) for o in (False, True))
+            text = opened[len(closed) :] if opened.startswith(closed) else ""
+            self.opening = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        size = len(self.opening)
+        return size if size and prompt[-size:].tolist() == self.opening else 0
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = {token for token, info in tokenizer.added_tokens_decoder.items() if info.special}
-    return added | set(tokenizer.all_special_ids)
+def _without_end(ids: list[int], eos: int | None) -> list[int]:
+    """Without the EOS of the tokenizer, of the text, or of both."""
+    size = len(ids)
+    while size and ids[size - 1] == eos:
+        size -= 1
+    return ids[:size]
 
 
-def _end_of_turn(turn: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Trained length of an assistant turn: up to its last special token, inclusive, or all."""
-    special = _special_ids(tokenizer)
-    return max((k + 1 for k, token in enumerate(turn) if token in special), default=len(turn))
+def _sequence(prompt: np.ndarray, response: list[int], trained: list[bool]) -> Sequence:
+    ids = np.concatenate([prompt, np.array(response, np.int32)])
+    labels = np.full(len(ids), IGNORE, np.int32)
+    begin = len(prompt)
+    flags = np.array(trained[: len(response)])
+    labels[begin - 1 : -1] = np.where(flags, ids[begin:], IGNORE)
+    return Sequence(ids, labels)

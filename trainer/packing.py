@@ -157,7 +157,7 @@ def share_prefixes(pairs: list[Pair]) -> list[Pair]:
     return [replace(pair, shared=_common(pair.chosen.ids, pair.rejected.ids)) for pair in pairs]
 
 
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+def _common(a: np.ndarray, b: np.ndarray) -> int:
     """Length of the longest common prefix."""
     size = min(len(a), len(b))
     differs = np.asarray(a[:size]) != np.asarray(b[:size])
@@ -167,7 +167,7 @@ def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 def pack(pairs: list[Pair], indices: Indices) -> Batch:
     """Pack the pairs at `indices`; no pair at all becomes one token that nothing is trained on."""
     picked = [pairs[i] for i in indices]
-    ids = [t for pair in picked for t in (*pair.chosen.ids, *pair.rejected.ids[pair.shared :])]
+    ids = [part for p in picked for part in (p.chosen.ids, p.rejected.ids[p.shared :])]
     lengths = [
         (pair.shared, len(pair.chosen.ids) - pair.shared, len(pair.rejected.ids) - pair.shared)
         for pair in picked
@@ -182,7 +182,7 @@ def pack(pairs: list[Pair], indices: Indices) -> Batch:
         labels.append(targets[trained])
         counts.append(len(labels[-1]))
     return Batch(
-        torch.tensor([ids or [0]]),
+        torch.as_tensor(np.concatenate(ids or [[0]]), dtype=torch.long)[None],
         layout.positions()[None],
         layout,
         torch.cat(rows),

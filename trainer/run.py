@@ -23,8 +23,7 @@ from accelerate.utils import set_seed
 
 from trainer import checkpoint, report
 from trainer.config import InputError, RunConfig, parse_config
-from trainer.data import read_splits
-from trainer.encoding import Split, encode_rows
+from trainer.encoding import Split, encode_rows, use_chat_template
 from trainer.loop import (
     Training,
     evaluate,
@@ -45,7 +44,9 @@ from trainer.model import (
 )
 from trainer.packing import Step, plan_training, regroup, share_prefixes
 from trainer.reference import Reference, check_reference
+from trainer.sources import read_splits
 from trainer.stop import Stopped
+from trainer.truncation import Limits
 
 
 def run(config: RunConfig) -> list[dict[str, float]]:
@@ -58,9 +59,13 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     check_reference(config)
     check_layers(config)
     options, source = loss_options(config), locate_model(config)
-    rows = read_splits(config)
+    limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
     tokenizer = load_tokenizer(source, config.gguf_file)
-    splits = {k: encode_rows(v, tokenizer, config.max_length, bad) for k, (v, bad) in rows.items()}
+    use_chat_template(tokenizer, config.chat_template_path)
+    splits = {
+        name: encode_rows(rows, tokenizer, limits, bad)
+        for name, (rows, bad) in read_splits(config).items()
+    }
     if config.prefix_sharing:
         for split in splits.values():
             split.pairs = share_prefixes(split.pairs)
