@@ -16,6 +16,7 @@ from transformers import get_scheduler
 
 from rpo_kernels import RPOOutput
 from trainer.config import RunConfig
+from trainer.distributed import norm_value
 from trainer.encoding import Split
 from trainer.packing import Step, pack, plan_pass
 from trainer.report import RunLog, progress
@@ -66,7 +67,7 @@ def run_step(
         waits = train and k < len(step.micro_batches)
         with accelerator.no_sync(model) if waits else contextlib.nullcontext():
             out = model(batch, ref, num_pairs, num_chosen_tokens)
-            if train:  # DDP takes the mean over ranks where the step's gradient is their sum
+            if train:  # DDP and FSDP2 average over ranks; the step's gradient is the sum
                 accelerator.backward(out.loss * accelerator.num_processes)
         shares += metric_shares(out, num_pairs)
     return accelerator.reduce(shares, "sum")
@@ -181,7 +182,7 @@ def take_step(
     started = time.perf_counter()
     values = run_step(training.model, split, step, accelerator, train=True).tolist()
     max_norm = config.max_grad_norm or math.inf
-    norm = float(accelerator.clip_grad_norm_(training.model.parameters(), max_norm))
+    norm = norm_value(accelerator.clip_grad_norm_(training.model.parameters(), max_norm))
     check_finite(training.step + 1, values[0], norm)
     learning_rate = training.schedule.get_last_lr()[0]
     training.optimizer.step()

@@ -279,7 +279,15 @@ def _check_logits(language_model: PreTrainedModel, ids: Tensor, states: Tensor) 
         )
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights, config, tokenizer and chat template where `from_pretrained` finds them."""
-    model.save_pretrained(folder)
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write weights, config, tokenizer and chat template where `from_pretrained` finds them.
+
+    `weights` replaces those of a model that holds only shards of them.
+    """
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

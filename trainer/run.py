@@ -19,9 +19,9 @@ if not __package__:  # run as a script: import from the repository, not from thi
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
-from trainer import checkpoint, report
+from trainer import checkpoint, distributed, report
 from trainer.config import InputError, RunConfig, parse_config
 from trainer.encoding import Split, encode_rows, use_chat_template
 from trainer.loop import (
@@ -52,6 +52,7 @@ from trainer.truncation import Limits
 def run(config: RunConfig) -> list[dict[str, float]]:
     """Run a config from files to a saved model; returns the rows of `metrics.jsonl`."""
     started = time.perf_counter()
+    sharded = distributed.take_request()
     accelerator = start(config)
 
     resumed = checkpoint.find_checkpoint(config)
@@ -83,7 +84,11 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     model = PreferenceModel(model, options, config.activation_offloading).to(accelerator.device)
     check_model(model, splits["train"].pairs[0])
     reference = Reference(config, model, accelerator)
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    if sharded:
+        model = distributed.shard(model, accelerator)
+        optimizer = make_optimizer(model, config)
+    else:
+        model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     reference.attach(model, splits, plans)
     schedule = make_schedule(optimizer, config, len(plans["train"]))
     training = Training(model, optimizer, schedule, log)
@@ -105,8 +110,9 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     train(training, splits["train"], plans["train"], config, accelerator, evaluate_now, save_now)
     evaluate_now()
 
+    weights = distributed.whole_weights(model)
     if accelerator.is_main_process:
-        save_model(accelerator.unwrap_model(model).model, tokenizer, log.model_folder)
+        save_model(accelerator.unwrap_model(model).model, tokenizer, log.model_folder, weights)
     log.finish(time.perf_counter() - started)
     accelerator.wait_for_everyone()
     return log.rows
@@ -148,6 +154,10 @@ def start(config: RunConfig) -> Accelerator:
     """Seed everything, choose precision and CPU threads."""
     precision = "bf16" if config.dtype == "bfloat16" else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise InputError(
+            "DeepSpeed: the trainer shards with FSDP2 only, as trainer/accelerate/fsdp2.yaml does"
+        )
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != asked:
         raise InputError(f"{asked} processes were asked for, {accelerator.num_processes} started")

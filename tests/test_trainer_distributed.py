@@ -1,0 +1,130 @@
+"""Two CPU processes give one process's loss, gradients and metrics, under DDP and FSDP2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from distributed_worker import STEPS, gradients
+from safetensors.torch import load_file
+from torch import nn
+from trainer_tiny import record, save_tiny, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from trainer import distributed, run
+from trainer.config import InputError, parse_config
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds")
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The folder in which two processes left their results, and the config they ran."""
+    folder = tmp_path_factory.mktemp("launched")
+    recipe = {
+        "model_name_or_path": save_tiny(folder / "model"),
+        "train_file": write_jsonl(folder / "train.jsonl", [record(i) for i in range(13)]),
+        "eval_file": write_jsonl(folder / "eval.jsonl", [record(i) for i in range(13, 18)]),
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "cpu_threads": 1,
+        "save_steps": 2,
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    words = ["--config", str(folder / "tiny.yaml")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(29500 + os.getpid() % 1000), "tests/distributed_worker.py"]
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(folder), *words], cwd=ROOT, env=os.environ | paths, timeout=300,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, words
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_on_two_processes_is_the_step_on_one(launched, mode, step):
+    found = torch.load(launched[0] / "results.pt")[mode][step]
+    wanted = gradients("one", Accelerator(cpu=True))[step]
+    torch.testing.assert_close(found["metrics"], wanted["metrics"], rtol=1e-5, atol=1e-6)
+    for name, value in wanted.items():
+        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def read(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k not in TIMINGS} for x in lines]
+
+
+def test_a_sharded_run_is_the_run_of_one_process(launched, tmp_path):
+    folder, words = launched
+    threads = torch.get_num_threads()
+    out = ["--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "8"]
+    run.run(parse_config([*words, *out]))
+    torch.set_num_threads(threads)
+    one, two = read(tmp_path / "one"), read(folder / "a")
+    assert [row.keys() for row in two] == [row.keys() for row in one]
+    assert two[0] == pytest.approx(one[0], rel=1e-5, abs=1e-5)
+    assert two[1] == pytest.approx(one[1], rel=1e-5, abs=1e-5)  # AdamW's first steps are +-lr
+    assert two[-1] == pytest.approx(one[-1], rel=1e-2, abs=1e-3)
+    names = [path / "model" / "model.safetensors" for path in (tmp_path / "one", folder / "a")]
+    wanted, found = map(load_file, names)
+    assert wanted.keys() == found.keys()
+    assert all(wanted[name].shape == found[name].shape for name in wanted)
+    AutoModelForCausalLM.from_pretrained(folder / "a" / "model")
+
+
+def test_a_sharded_run_goes_on_from_its_checkpoint_bit_for_bit(launched):
+    folder, _ = launched
+    assert read(folder / "b") == read(folder / "a")
+    a, b = (load_file(folder / name / "model" / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a | b)
+
+
+def test_fsdp_that_is_asked_for_but_not_active_is_an_error(launched, monkeypatch, tmp_path):
+    monkeypatch.setenv(distributed.REQUEST, "true")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    words = [*launched[1], "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="FSDP is asked for, but this is a single process"):
+        run.run(parse_config(words))
+    for variable, value, message in (
+        ("FSDP_VERSION", "1", "fsdp_version: expected 2, got 1"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: expected false, got true"),
+    ):
+        with monkeypatch.context() as context, pytest.raises(InputError, match=message):
+            context.setenv(variable, value)
+            run.run(parse_config(words))
+    with pytest.raises(InputError, match="weight is not sharded"):
+        distributed.check_sharded(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("name", "sharded"), [("ddp", False), ("fsdp2", True)])
+def test_what_accelerate_makes_of_the_configs(monkeypatch, name, sharded):
+    """The environment that `accelerate launch` would give the processes asks for what we run."""
+    path = ROOT / "trainer" / "accelerate" / f"{name}.yaml"
+    words = ["--config_file", str(path), "--main_process_port", "29500", "trainer/run.py"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert args.num_processes == 8 and not args.cpu
+    before = dict(os.environ)
+    environment = prepare_multi_gpu_env(args) | {"WORLD_SIZE": "8"}
+    for variable in environment.keys() - before.keys():
+        monkeypatch.setenv(variable, environment[variable])
+    assert distributed.take_request() == sharded
+    assert distributed.REQUEST not in os.environ
+
+
+def test_the_config_for_cpus_is_one_process():
+    config = load_config_from_file(str(ROOT / "trainer" / "accelerate" / "cpu.yaml"))
+    assert (config.num_processes, config.use_cpu, config.distributed_type) == (1, True, "NO")

@@ -1,0 +1,102 @@
+"""Several processes: DDP by accelerate, sharding (FSDP2) by torch, and the request for it.
+
+accelerate asks for sharding through the environment (`accelerate launch --config_file
+trainer/accelerate/fsdp2.yaml` sets it), but never shards on a CPU, and says nothing. So the request
+is read here and sharding is torch's `fully_shard`, on every device: what tests run on two CPU
+processes is what runs on GPUs.
+
+    decoder layer   a unit: its weights are gathered for its forward and for its backward
+    root            embeddings, final norm, lm_head: gathered for the whole pass, so the fused head
+                    sees its weight, tied or not
+
+Gradients are reduced to shards after each micro-batch, which costs communication and saves the
+memory of whole gradients; DDP reduces once a step. Both average over ranks, hence the factor in
+`loop.run_step`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from trainer.config import InputError
+from trainer.model import PreferenceModel
+
+REQUEST = "ACCELERATE_USE_FSDP"
+# Settings of accelerate's `fsdp_config` that would change what is done here: (setting, value).
+SETTINGS = {
+    "FSDP_VERSION": ("fsdp_version", "2"),
+    "FSDP_AUTO_WRAP_POLICY": ("fsdp_auto_wrap_policy", "transformer_based_wrap"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("fsdp_reshard_after_forward", "true"),
+    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "false"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", "false"),
+}
+
+
+def take_request() -> bool:
+    """Whether sharding is asked for; accelerate is then not told, as it must not shard as well.
+
+    Raises:
+        InputError: with settings that the trainer does not implement, or for one process.
+    """
+    if os.environ.get(REQUEST, "false").lower() not in ("true", "1"):
+        return False
+    for variable, (setting, value) in SETTINGS.items():
+        got = os.environ.get(variable, value).lower()
+        if got != value:
+            raise InputError(f"{setting}: expected {value}, got {got}; set it in fsdp_config")
+    if "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            "FSDP is asked for, but this is a single process without a process group; start "
+            "several with torchrun or with num_processes, or use trainer/accelerate/ddp.yaml"
+        )
+    del os.environ[REQUEST]
+    return True
+
+
+def shard(model: PreferenceModel, accelerator: Accelerator) -> nn.Module:
+    """Shard every parameter over all ranks, in place, each decoder layer as a unit.
+
+    Raises:
+        InputError: a parameter is left unsharded.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    units = model.language_model._no_split_modules or ()
+    for module in model.modules():
+        if type(module).__name__ in units:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    check_sharded(model)
+    return accelerator.prepare_model(model, evaluation_mode=True)  # autocast, and no DDP
+
+
+def check_sharded(model: nn.Module) -> None:
+    """Raise `InputError` for the first parameter that is whole on every rank."""
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise InputError(f"FSDP is asked for, but {name} is not sharded; use ddp.yaml")
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """The gathered weights of a sharded model, on rank 0's CPU; None where nothing is sharded.
+
+    Args:
+        model: the prepared `PreferenceModel`; every rank must call this.
+    """
+    if not isinstance(model, FSDPModule):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model.model, options=options)
+    own = [*model.model.named_parameters(), *model.model.named_buffers()]  # tied ones once
+    return {name: weights[name] for name, _ in own if name in weights}
+
+
+def norm_value(norm: Tensor) -> float:
+    """A gradient norm as a number, the same on every rank."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
