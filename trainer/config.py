@@ -154,6 +154,9 @@ class RunConfig:
     """Checkpoints that are kept, the newest; null keeps all."""
     resume_from_checkpoint: str | None = None
     """Folder of a checkpoint to go on from, or `auto`: the newest in `output_dir`, if any."""
+    dry_run: bool = False
+    """Whether to print samples, lengths and the plan of steps and memory, and end before training;
+    no weights are loaded, no file is written."""
     output_dir: str = "outputs/run"
     """Where metrics, plot, resolved config and model go."""
     overwrite_output_dir: bool = False

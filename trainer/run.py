@@ -2,6 +2,7 @@
 
 accelerate launch trainer/run.py                                  the default recipe
 accelerate launch trainer/run.py --config FILE.yaml --beta 0.05   another one, with an override
+accelerate launch trainer/run.py --dry_run                        samples and plan only
 python trainer/run.py --help                                      every field
 """
 
@@ -21,7 +22,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, set_seed
 
-from trainer import checkpoint, distributed, report
+from trainer import checkpoint, distributed, preview, report
 from trainer.config import InputError, RunConfig, parse_config
 from trainer.encoding import Split, encode_rows, use_chat_template
 from trainer.loop import (
@@ -55,8 +56,10 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     sharded = distributed.take_request()
     accelerator = start(config)
 
-    resumed = checkpoint.find_checkpoint(config)
-    report.check_output_dir(config, resumed)
+    resumed = None
+    if not config.dry_run:
+        resumed = checkpoint.find_checkpoint(config)
+        report.check_output_dir(config, resumed)
     check_reference(config)
     check_layers(config)
     options, source = loss_options(config), locate_model(config)
@@ -71,6 +74,9 @@ def run(config: RunConfig) -> list[dict[str, float]]:
         for split in splits.values():
             split.pairs = share_prefixes(split.pairs)
     plans = plan(config, splits, accelerator.num_processes)
+    if config.dry_run:
+        preview.show(config, source, tokenizer, splits, plans)
+        return []
     fingerprint = checkpoint.fingerprint(config, splits, plans["train"])
     earlier = []
     if resumed:
