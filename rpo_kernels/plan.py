@@ -4,14 +4,15 @@
 
 Memory comes from the same functions that the engines size their buffers with; peers' memory from
 what their code allocates (their versions stand in the `bench` extra). Work is counted in U =
-2 N V D FLOP, one pass of the head over the N response tokens. Time is an estimate from a results
-file of `benchmarks/run.py`: the seconds per FLOP of each implementation measured there.
+2 N V D FLOP, one pass of the head over the N response tokens. Time is scaled, by work, from the
+problem of the nearest size in a results file of `benchmarks/run.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,9 +50,13 @@ class Shape(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one strategy takes: work in U, and bytes beyond inputs and gradients."""
+    """What one strategy takes: work in U, and bytes beyond inputs and gradients.
+
+    `key` is its name in results files.
+    """
 
     name: str
+    key: str
     units: float
     extra: float
 
@@ -59,50 +64,80 @@ class Cost(NamedTuple):
 def streaming(shape: Shape) -> Cost:
     """3U (frozen 2U): a panel, and accumulators where a pair or the batch exceeds it."""
     room = capacity(shape.vocab, shape.width, shape.itemsize, shape.max_bytes)
-    parameters, half = shape.vocab * shape.width, shape.itemsize < 4
-    extra = min(shape.rows, room) * (
+    pair = 2 * shape.response
+    together = room if pair > room else room // pair * pair  # whole pairs, or a part of one
+    extra = min(shape.rows, together) * (
         shape.vocab * shape.itemsize + shape.width * (2 * shape.itemsize + 16)
     )
-    if not shape.frozen and shape.rows > room:
-        if 2 * shape.response > room:
-            extra += 8 * parameters
-        extra += 4 * parameters if half else 0
-    return Cost("stream", 2 if shape.frozen else 3, extra)
+    parameters = shape.vocab * shape.width
+    if not shape.frozen and shape.rows > together:
+        extra += 8 * parameters if pair > room else 0
+        extra += 4 * parameters if shape.itemsize < 4 else 0
+    return Cost("stream", "stream", 2 if shape.frozen else 3, extra)
 
 
 def recompute(shape: Shape) -> Cost:
     """4U (frozen 3U): at most the workspace, and hidden's gradient in float32 where it is half
     precision.
     """
-    panel = shape.rows * 4096 * shape.itemsize  # GPUs take larger panels if the workspace allows
+    panel = min(shape.rows * shape.vocab * shape.itemsize, shape.max_bytes)
     accumulator = shape.rows * shape.width * 4 if shape.itemsize < 4 else 0
-    return Cost("recompute", 3 if shape.frozen else 4, min(panel, shape.max_bytes) + accumulator)
+    return Cost("recompute", "recompute", 3 if shape.frozen else 4, panel + accumulator)
 
 
 def peers(shape: Shape) -> list[Cost]:
     """Materialized logits; Liger's DPO, which holds one pair's logits in float32; TRL's chunked
-    head.
+    head, as on a GPU.
     """
     positions = 2 * shape.pairs * shape.length
     units = (2 if shape.frozen else 3) * positions / max(shape.rows, 1)
-    logits = positions * shape.vocab
-    hidden = positions * shape.width * 4
-    weight = 0 if shape.frozen else shape.vocab * shape.width * 4
+    logits = positions * shape.vocab * (2 * shape.itemsize + 4)
+    one_pair = 2 * shape.length * shape.vocab * (shape.itemsize + 8)
+    gradients = positions * shape.width * 4 + (0 if shape.frozen else 4) * shape.vocab * shape.width
     return [
-        Cost("materialized logits", units, logits * (2 * shape.itemsize + 4)),
-        Cost("Liger fused DPO", units, 2 * shape.length * shape.vocab * (shape.itemsize + 8)),
-        Cost("TRL chunked head", 3 if shape.frozen else 4, 256 * 2**20 + hidden + weight),
+        Cost("materialized logits", "materialized", units, logits),
+        Cost("Liger fused DPO", "liger_reference", units * 4 / 3, one_pair),  # and the reference
+        Cost("TRL chunked head", "trl", 3 if shape.frozen else 4, 256 * 2**20 + gradients),
     ]
 
 
-def measured(path: Path | None) -> tuple[dict[str, float], str]:
-    """Seconds per FLOP of the head's matmuls from a results file: ``{implementation: seconds / U}``
-    and its device.
+def costs(shape: Shape) -> list[Cost]:
+    """Both strategies, then the peers."""
+    return [streaming(shape), recompute(shape), *peers(shape)]
+
+
+def estimates(path: Path, shape: Shape, dtype: str) -> tuple[dict[str, float], str]:
+    """Seconds of every implementation that a results file has a time of, and on what device.
+
+    Raises:
+        SystemExit: the file holds no problem of this dtype and kind of head.
     """
-    if path is None:
-        return {}, ""
-    record = json.loads(path.read_text())
-    return record.get("seconds_per_flop", {}), record.get("device", {}).get("name", str(path))
+    document = json.loads(path.read_text())
+    runs = [
+        run
+        for run in document["runs"]
+        if (run["spec"]["dtype"], run["spec"]["frozen"]) == (dtype, shape.frozen)
+        and run["spec"]["timed"]
+    ]
+    if not runs:
+        head = "frozen" if shape.frozen else "trained"
+        raise SystemExit(f"--results: {path} holds no {dtype} problem with a {head} head")
+    run = min(runs, key=lambda run: abs(math.log(run["flop_per_unit"] / shape.unit)))
+    pairs, response = run["spec"]["pairs"], run["tokens"] // (2 * run["spec"]["pairs"])
+    then = shape._replace(
+        pairs=pairs,
+        length=run["spec"]["length"],
+        response=response,
+        width=run["width"],
+        vocab=run["vocab"],
+    )
+    seconds = {}
+    for past, now in zip(costs(then), costs(shape), strict=True):
+        found = run["results"].get(past.key, {}).get("seconds")
+        if found:
+            work = now.units * shape.unit / (past.units * then.unit)
+            seconds[now.key] = found["median"] * work
+    return seconds, document["device"]["name"]
 
 
 def read_config(path: str) -> tuple[int, int]:
@@ -117,7 +152,7 @@ def read_config(path: str) -> tuple[int, int]:
         raise SystemExit(f"{file}: expected a model config with {missing}") from None
 
 
-def report(shape: Shape, device_gib: float | None, rates: dict[str, float], device: str) -> str:
+def report(shape: Shape, device_gib: float | None, seconds: dict[str, float], device: str) -> str:
     """The table as text."""
     weight = shape.vocab * shape.width * shape.itemsize
     hidden = 2 * shape.pairs * shape.length * shape.width * shape.itemsize
@@ -129,17 +164,16 @@ def report(shape: Shape, device_gib: float | None, rates: dict[str, float], devi
         "",
         f"{'':24}{'U':>6}{'extra GiB':>12}{'total GiB':>12}{'fits':>6}{'seconds':>10}",
     ]
-    for cost in [streaming(shape), recompute(shape), *peers(shape)]:
+    for cost in costs(shape):
         total = (inputs + cost.extra) / GIB
         fits = "" if device_gib is None else ("yes" if total <= device_gib else "no")
-        rate = rates.get(cost.name)
-        time = "" if rate is None else f"{rate * shape.unit:.3g}"
+        time = f"{seconds[cost.key]:.3g}" if cost.key in seconds else ""
         lines.append(
             f"{cost.name:24}{cost.units:6.2f}{cost.extra / GIB:12.2f}{total:12.2f}"
             f"{fits:>6}{time:>10}"
         )
     if device:
-        lines += ["", f"seconds: scaled from measurements on {device}"]
+        lines += ["", f"seconds: scaled by work from measurements on {device}"]
     return "\n".join(lines)
 
 
@@ -169,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--response: expected 1 to {args.length} (--length), got {response}")
     itemsize, budget = DTYPES[args.dtype].itemsize, int(args.max_workspace_mb * 2**20)
     shape = Shape(args.pairs, args.length, response, width, vocab, itemsize, args.frozen, budget)
-    print(report(shape, args.device_gib, *measured(args.results)))
+    found = estimates(args.results, shape, args.dtype) if args.results else ({}, "")
+    print(report(shape, args.device_gib, *found))
 
 
 if __name__ == "__main__":

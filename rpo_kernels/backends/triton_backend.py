@@ -191,19 +191,35 @@ def exp_panel(
     matmul_first = config.exp_path == "panel" and out.dtype == hidden.dtype
     fill = exp_panel_matmul if matmul_first else exp_panel_fused
     with on_device(hidden):
-        fill(
-            hidden,
-            weight,
-            bias,
-            shift,
-            targets,
-            v0,
-            transform,
-            out,
-            sums,
-            target,
-            config.tile,
-        )
+        panel = (bias, shift, targets, v0, transform, out, sums, target)
+        fill(hidden, weight, *panel, config.tile)
+
+
+def _panel_arguments(
+    bias: Tensor | None,
+    shift: Tensor,
+    targets: Tensor,
+    v0: int,
+    transform: Transform,
+    out: Tensor,
+    part_sum: Tensor | None,
+    target: Tensor | None,
+) -> dict:
+    """What both kernels that fill a panel take for its epilogue."""
+    return {
+        "bias": bias,
+        "shift": shift,
+        "targets": targets,
+        "out": out,
+        "part_sum": part_sum,
+        "target": target,
+        "n": out.shape[1],
+        "p": out.shape[0],
+        "v0": v0,
+        "stride_ov": out.stride(0),
+        "slope": _slope(transform),
+        "enable_fp_fusion": True,
+    } | _factors(transform)
 
 
 def exp_panel_fused(
@@ -220,24 +236,11 @@ def exp_panel_fused(
     tile: tiles.Tile,
 ) -> None:
     """`exp_panel` in one kernel: logits stay in float32 registers."""
-    (p, n), blocks = out.shape, _blocks(out.shape[0], tile.block_v)
+    n, blocks = out.shape[1], _blocks(out.shape[0], tile.block_v)
     part_sum = None if sums is None else hidden.new_empty(blocks, n, dtype=torch.float32)
-    kernels.exp_fused[(blocks * _blocks(n, tile.block_n),)](
-        **_operands(hidden, weight, tile),
-        bias=bias,
-        shift=shift,
-        targets=targets,
-        out=out,
-        part_sum=part_sum,
-        target=target,
-        n=n,
-        p=p,
-        v0=v0,
-        stride_ov=out.stride(0),
-        **_factors(transform),
-        slope=_slope(transform),
-        GROUP=tiles.GROUP_VOCAB,
-    )
+    arguments = _panel_arguments(bias, shift, targets, v0, transform, out, part_sum, target)
+    grid = (blocks * _blocks(n, tile.block_n),)
+    kernels.exp_fused[grid](**_operands(hidden, weight, tile) | arguments, GROUP=tiles.GROUP_VOCAB)
     if sums is not None and part_sum is not None:
         sums.add_(part_sum.sum(0))
 
@@ -257,25 +260,13 @@ def exp_panel_matmul(
 ) -> None:
     """`exp_panel` as the vendor's matmul into `out`, in its dtype, and one pass in place."""
     torch.mm(weight, hidden.t(), out=out)
-    (p, n), blocks = out.shape, _blocks(out.shape[0], tiles.EPILOGUE_VOCAB)
+    n, blocks = out.shape[1], _blocks(out.shape[0], tiles.EPILOGUE_VOCAB)
     part_sum = None if sums is None else hidden.new_empty(blocks, n, dtype=torch.float32)
     kernels.exp_epilogue[(blocks, _blocks(n, tiles.EPILOGUE_ROWS))](
-        out=out,
-        bias=bias,
-        shift=shift,
-        targets=targets,
-        part_sum=part_sum,
-        target=target,
-        n=n,
-        p=p,
-        v0=v0,
-        stride_ov=out.stride(0),
-        **_factors(transform),
-        slope=_slope(transform),
+        **_panel_arguments(bias, shift, targets, v0, transform, out, part_sum, target),
         BLOCK_N=tiles.EPILOGUE_ROWS,
         BLOCK_V=tiles.EPILOGUE_VOCAB,
         num_warps=8,
-        enable_fp_fusion=True,
     )
     if sums is not None and part_sum is not None:
         sums.add_(part_sum.sum(0))

@@ -79,7 +79,7 @@ def empty_sum(like: Tensor) -> tuple[Tensor, Tensor]:
 def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Add two sums ``S * 2^c``, each ``(c (n,), S (n,))``: the result with the larger ``c``."""
     shift = torch.maximum(one[0], other[0])
-    return shift, sum(sums * torch.exp2(c - shift) for c, sums in (one, other))
+    return shift, one[1] * torch.exp2(one[0] - shift) + other[1] * torch.exp2(other[0] - shift)
 
 
 def normalized(shift: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

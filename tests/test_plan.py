@@ -1,0 +1,119 @@
+"""`python -m rpo_kernels.plan`: its memory against the engines', its times from a results file."""
+
+import json
+import weakref
+
+import pytest
+import torch
+
+from rpo_kernels import plan
+from rpo_kernels.backends import torch_backend
+from rpo_kernels.engines import streaming
+from rpo_kernels.rows import keep_rows
+from rpo_kernels.spec import Head, Transform
+
+WIDTH, VOCAB = 64, 4096
+
+
+def shape(**changes) -> plan.Shape:
+    base = plan.Shape(2, 200, 150, WIDTH, VOCAB, 4, False, 2**21)
+    return base._replace(**changes)
+
+
+class Peak(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes of the storages alive at once that were made under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for x in found if isinstance(found, list | tuple) else [found]:
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage.data_ptr() not in self.alive:
+                    key = storage.data_ptr()
+                    self.alive[key] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return found
+
+
+def results(path, seconds, **changes):
+    """A results file with one problem: 1 pair, 100 of 128 positions counted."""
+    spec = {"dtype": "float32", "frozen": False, "timed": True, "pairs": 1, "length": 128}
+    run = {"spec": spec | changes, "tokens": 200, "width": WIDTH, "vocab": VOCAB}
+    run["flop_per_unit"] = 2.0 * 200 * WIDTH * VOCAB
+    run["results"] = {name: {"seconds": {"median": value}} for name, value in seconds.items()}
+    path.write_text(json.dumps({"device": {"name": "a machine"}, "runs": [run]}))
+    return path
+
+
+def test_work_and_memory_of_a_case_by_hand():
+    """600 response rows of 800; rows of 16 KiB: a panel of 2 MiB holds a part of a pair."""
+    stream, recompute, eager, *_ = plan.costs(shape())
+    assert (stream.units, recompute.units, eager.units) == (3, 4, 4)
+    assert eager.extra == 800 * VOCAB * 12
+    assert recompute.extra == 2**21
+    assert stream.extra < 2**21 + 8 * WIDTH * VOCAB  # the workspace and two accumulators
+    assert plan.streaming(shape(frozen=True)).extra < 2**21
+    half = plan.recompute(shape(itemsize=2))
+    assert half.extra == 2**21 + 600 * WIDTH * 4
+
+
+@pytest.mark.parametrize("megabytes", [4, 16, 64])
+def test_streaming_estimate_bounds_what_the_engine_allocates(megabytes):
+    """The plan and the engine agree within the cache tiles, which the plan leaves out."""
+    pairs, length = 4, 150
+    hidden = torch.randn(2 * pairs, length, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCAB, WIDTH, requires_grad=True)
+    labels = torch.randint(VOCAB, (2 * pairs, length))
+    estimate = plan.streaming(
+        shape(pairs=pairs, length=length, response=length, max_bytes=megabytes * 2**20)
+    )
+    with Peak() as peak:
+        offsets = torch.arange(0, 2 * pairs * length + 1, length, dtype=torch.int32)
+        rows, starts = keep_rows(labels.flatten(), VOCAB, -100, True, offsets)
+        head = Head(weight.detach(), None, Transform(), torch.float32)
+        streaming.loss_and_grads(
+            hidden.detach().flatten(0, 1), rows, starts, head, torch_backend,
+            lambda first, last, logps: (logps.new_zeros(last - first, 6), torch.ones_like(logps)),
+            megabytes * 2**20, (True, True, False),
+        )  # fmt: skip
+    gradients = 4 * (hidden.numel() + weight.numel())
+    assert peak.peak - gradients <= 1.35 * estimate.extra + megabytes * 2**20 / 4
+    assert peak.peak - gradients >= 0.5 * estimate.extra
+
+
+def test_times_scale_with_the_work(tmp_path):
+    file = results(tmp_path / "r.json", {"stream": 2.0, "materialized": 3.0})
+    same = plan.Shape(1, 128, 100, WIDTH, VOCAB, 4, False, 2**21)
+    assert plan.estimates(file, same, "float32")[0] == {"stream": 2.0, "materialized": 3.0}
+    found, device = plan.estimates(file, same._replace(pairs=3, vocab=2 * VOCAB), "float32")
+    assert found == pytest.approx({"stream": 12.0, "materialized": 18.0}) and device == "a machine"
+    prompts = plan.estimates(file, same._replace(response=50), "float32")[0]
+    assert prompts == pytest.approx({"stream": 1.0, "materialized": 3.0})  # it computes every row
+
+
+def test_no_time_from_another_kind_of_problem(tmp_path):
+    file = results(tmp_path / "r.json", {"stream": 2.0})
+    with pytest.raises(SystemExit, match="no bfloat16 problem with a trained head"):
+        plan.estimates(file, shape(itemsize=2), "bfloat16")
+    with pytest.raises(SystemExit, match="frozen"):
+        plan.estimates(file, shape(frozen=True), "float32")
+
+
+def test_command_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"hidden_size": 64, "vocab_size": 4096}')
+    file = results(tmp_path / "r.json", {"stream": 2.0})
+    words = ["--config", str(tmp_path), "--dtype", "float32", "--length", "100", "--pairs", "1"]
+    plan.main([*words, "--device_gib", "0.01", "--results", str(file)])
+    out = capsys.readouterr().out
+    assert "a machine" in out
+    rows = {line[:24].strip(): line.split() for line in out.splitlines()}
+    assert rows["stream"][-1] == "2" and rows["materialized logits"][-1] == "no"
+    for bad in (["--length", "0"], ["--response", "101"], ["--pairs", "-1"]):
+        with pytest.raises(SystemExit):
+            plan.main([*words, *bad])
+        assert bad[0] in capsys.readouterr().err
