@@ -3,8 +3,10 @@
 import pytest
 import torch
 from liger_kernel.transformers import monkey_patch
+from torch import nn
 from trainer_tiny import (
     gradient,
+    relative,
     save_tiny,
     shifted_reference,
     tiny_config,
@@ -15,7 +17,7 @@ from trainer_tiny import (
 
 from trainer import model as model_module
 from trainer.config import InputError
-from trainer.model import PreferenceModel, check_layers, load_model
+from trainer.model import PreferenceModel, check_layers, compile_layers, load_model
 from trainer.packing import pack, share_prefixes
 
 
@@ -48,6 +50,26 @@ def test_checkpointing_and_offloading_change_memory_but_not_the_gradient(tmp_pat
     assert torch.equal(kept_and_gradient(offloaded)[1], wanted)
 
 
+def test_compiled_layers_give_the_same_gradient_without_compiling_every_batch(monkeypatch):
+    compiled = nn.Module.compile
+    monkeypatch.setattr(  # the compiler's front end is what may go wrong; its back end takes long
+        nn.Module, "compile", lambda layer, **how: compiled(layer, **how, backend="aot_eager")
+    )
+    torch._dynamo.reset()
+    (plain, _), (policy, _) = tiny_policy(), tiny_policy()
+    compile_layers(policy)
+    pairs, graphs = share_prefixes(tiny_split(6).pairs), []
+    for indices in ((0, 1), (2,), (3, 4, 5)):
+        batch, grads = pack(pairs, indices), []
+        for model in (plain, policy):
+            model.zero_grad()
+            model(batch, torch.zeros(2 * len(indices)), 3, 100).loss.backward()
+            grads.append(gradient(model))
+        assert relative(grads[1], grads[0]) < 1e-6
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[-1]
+
+
 def test_liger_patches_layers_only(monkeypatch):
     calls = []
 
@@ -64,6 +86,7 @@ def test_liger_patches_layers_only(monkeypatch):
 REFUSED = [
     ({"use_liger_kernel": True}, False, "use_liger_kernel: expected a GPU, found none"),
     ({"activation_offloading": True}, False, "activation_offloading: expected a GPU, found none"),
+    ({"torch_compile": True, "gradient_checkpointing": True}, False, "torch_compile: checkpointed"),
     ({"activation_offloading": True}, True, "expected gradient_checkpointing true"),
 ]
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 from trainer_tiny import (
     relative,
     rpo_loss_by_hand,
@@ -103,6 +104,28 @@ def test_attention_by_sequence_is_attention_with_the_whole_mask(lengths, window,
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     torch.testing.assert_close(got, (weights @ value.repeat_interleave(2, 1)).transpose(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("lengths", LAYOUTS)
+def test_flex_attention_with_the_block_mask_is_attention_by_sequence(lengths, window, monkeypatch):
+    eager = attention.create_block_mask
+
+    def uncompiled(*args, _compile):
+        return eager(*args)
+
+    monkeypatch.setattr(attention, "create_block_mask", uncompiled)
+    layout = PairLayout(lengths)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, h, sum(map(sum, lengths)), 16) for h in (4, 2, 2))
+    mask = layout.block_mask(window, query.device)
+    assert layout.block_mask(window, query.device) is mask
+    flex = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+    got, _ = pair_attention(
+        torch.nn.Identity(), query, key, value, None, pairs=layout, sliding_window=window
+    )
+    torch.testing.assert_close(got, flex.transpose(1, 2))
 
 
 def test_the_mask_is_the_tree_of_prefix_and_branches():

@@ -15,6 +15,7 @@ FlashAttention, so no mask is needed per architecture or kind of layer; the layo
 through the backbone's keywords. On a GPU it is FlexAttention, which skips the blocks of the T x T
 mask that are empty. Elsewhere it is one call per sequence, whose cost is the sum of squared lengths
 instead of T^2. Without a layout (generation, the model's own forward) it is ordinary attention.
+`torch.compile` leaves it out: its loop depends on the lengths of every batch.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class PairLayout:
         return sees
 
 
+@torch.compiler.disable
 def pair_attention(
     module: nn.Module,
     query: Tensor,

@@ -137,6 +137,8 @@ class RunConfig:
     """Whether the layer inputs that checkpointing keeps wait in CPU memory; GPUs only."""
     use_liger_kernel: bool = False
     """Whether norms, rotary positions and MLPs run on Liger's kernels; GPUs only."""
+    torch_compile: bool = False
+    """Whether every layer is compiled around its attention; not with gradient_checkpointing."""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Backend of the fused head: `auto` is Triton on GPUs and PyTorch elsewhere."""
     max_workspace_mb: float | None = None

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs
 from trainer.attention import NAME as ATTENTION
@@ -68,8 +69,13 @@ def check_layers(config: RunConfig) -> None:
     """Refuse what the layers cannot do here.
 
     Raises:
-        InputError: offloading without checkpointing, or an option for GPUs without one.
+        InputError: options that exclude or need each other, or an option for GPUs without one.
     """
+    if config.torch_compile and config.gradient_checkpointing:
+        raise InputError(
+            "torch_compile: checkpointed layers would run uncompiled; "
+            "set it or gradient_checkpointing to false"
+        )
     for name in ("activation_offloading", "use_liger_kernel"):
         if getattr(config, name) and not torch.cuda.is_available():
             raise InputError(f"{name}: expected a GPU, found none; set it to false")
@@ -227,6 +233,13 @@ class PreferenceModel(nn.Module):
             hidden, batch.labels, cu_seqlens=batch.cu_seqlens, ref_logps=ref_logps,
             num_pairs=num_pairs, num_chosen_tokens=num_chosen_tokens, **self.options,
         )  # fmt: skip
+
+
+def compile_layers(model: PreferenceModel) -> None:
+    """Compile every layer of the backbone, for any number of tokens; attention stays as it is."""
+    for module in model.language_model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # transformers' mark of a layer
+            module.compile(dynamic=True)
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from trainer.model import (
     PreferenceModel,
     check_layers,
     check_model,
+    compile_layers,
     load_model,
     load_tokenizer,
     locate_model,
@@ -89,6 +90,8 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     model = load_model(source, config)
     model = PreferenceModel(model, options, config.activation_offloading).to(accelerator.device)
     check_model(model, splits["train"].pairs[0])
+    if config.torch_compile:
+        compile_layers(model)
     reference = Reference(config, model, accelerator)
     if sharded:
         model = distributed.shard(model, accelerator)
