@@ -113,10 +113,36 @@ BAD_FIELDS = [
     ({"truncation_mode": "keep"}, "truncation_mode: expected one of keep_end, keep_start, drop"),
     ({"output_dir": ""}, "output_dir: expected a value, got an empty one"),
     ({"output_dir": 7}, "output_dir: expected a string, got 7"),
+    ({"reference": "cached"}, "reference: expected one of precomputed, online, adapter, none"),
+    ({"lora_r": 0, "use_peft": True}, "lora_r: expected an integer >= 1, got 0"),
+    ({"lora_alpha": 0, "use_peft": True}, "lora_alpha: expected a number > 0, got 0.0"),
+    ({"lora_dropout": 1, "use_peft": True}, "lora_dropout: expected a number in [0, 1), got 1.0"),
+    ({"lora_target_modules": [], "use_peft": True}, "lora_target_modules: expected a value, got"),
+    ({"model_dtype": "fp16"}, "model_dtype: expected one of float32, bfloat16, got 'fp16'"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "message"), BAD_FIELDS, ids=lambda x: str(x)[:40])
+BAD_COMBINATIONS = [
+    ({"reference": "none", "ref_model_name_or_path": "m"}, "ref_model_name_or_path: expected null"),
+    (
+        {"reference": "adapter", "ref_model_name_or_path": "m", "use_peft": True},
+        "ref_model_name_or_path: expected null with reference adapter, got m",
+    ),
+    ({"reference": "adapter"}, "reference: expected precomputed or online where use_peft is false"),
+    ({"load_in_4bit": True}, "load_in_4bit: expected false without use_peft"),
+    (
+        {"load_in_4bit": True, "use_peft": True, "gguf_file": "a.gguf"},
+        "load_in_4bit: expected false with gguf_file",
+    ),
+    ({"lora_r": 8}, "use_peft: expected true where a lora_ field"),
+    ({"lora_target_modules": "q_proj"}, "use_peft: expected true where a lora_ field"),
+    ({"model_dtype": "bfloat16"}, "model_dtype: expected float32 with dtype float32, got bfloat16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), BAD_FIELDS + BAD_COMBINATIONS, ids=lambda x: str(x)[:40]
+)
 def test_bad_values_are_named(fields, message):
     with pytest.raises(InputError) as error:
         config(**fields)

@@ -68,6 +68,7 @@ OWN = {
     "gemma2": GEMMA
     | {"sliding_window": 16, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 0.5},
     "gemma3_text": GEMMA | {"sliding_window": 16, "final_logit_softcapping": 5.0},
+    "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "granite": {"logits_scaling": 4.0},
     "granitemoe": {"logits_scaling": 4.0, "num_local_experts": 4, "num_experts_per_tok": 2},
     "mistral": {"sliding_window": 16},

@@ -93,14 +93,29 @@ class RunConfig:
     """Whether the SFT weight is eta times beta; null means for `sum` only, as its authors do."""
     label_smoothing: float = 0.0
     """Assumed share of flipped preferences, for the losses that define it."""
-    reference: Literal["precomputed", "online", "none"] = "precomputed"
-    """Reference log-probs: computed once and kept on disk, by a second model beside the policy, or
-    none, for the reference-free losses."""
+    reference: Literal["precomputed", "online", "adapter", "none"] = "precomputed"
+    """Reference log-probs: computed once and kept on disk, by a second model beside the policy, by
+    the policy without its adapters, or none, for the reference-free losses."""
     ref_model_name_or_path: str | None = None
     """Folder or hub id of the reference model; null is the policy as it is at the start."""
     ref_cache_dir: str | None = None
     """Folder of precomputed log-probs, for any number of runs; null is
     `reference_cache` beside `output_dir`."""
+
+    use_peft: bool = False
+    """Whether LoRA adapters are trained in place of the weights, which are frozen."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: float = 32.0
+    """Scale of the adapters: their product counts lora_alpha / lora_r times."""
+    lora_dropout: float = 0.0
+    """Dropout on what the adapters read, in training only; the model's own dropout is off."""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the layers that get adapters; `all-linear` is every one but lm_head."""
+    lora_modules_to_save: tuple[str, ...] = ()
+    """Names of modules that are trained whole, as copies that are saved with the adapters."""
+    load_in_4bit: bool = False
+    """Whether the frozen weights are stored in 4 bits (QLoRA's NF4, by bitsandbytes)."""
 
     max_steps: int = -1
     """Optimizer steps; -1 means as many as `num_train_epochs` takes."""
@@ -128,7 +143,9 @@ class RunConfig:
     """Seed of the order of the pairs and of every other random choice."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matmuls (bfloat16: autocast); weights, gradients and moments are float32."""
+    """Type of the matmuls; bfloat16 is autocast, which keeps weights and sums as they are."""
+    model_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the loaded weights, their gradients and moments; adapters are float32 beside any."""
     prefix_sharing: bool = True
     """Whether tokens that both sequences of a pair begin with are computed once; same loss."""
     gradient_checkpointing: bool = False
@@ -172,14 +189,7 @@ class RunConfig:
             value = getattr(self, field)
             if value is not None and not holds(value):
                 raise InputError(f"{field}: expected {expected}, got {value}")
-        if self.reference == "none" and self.ref_model_name_or_path:
-            raise InputError("ref_model_name_or_path: expected null with reference none")
-        if self.resume_from_checkpoint and self.overwrite_output_dir:
-            raise InputError(
-                "resume_from_checkpoint: expected null with overwrite_output_dir, which removes "
-                "the run to go on with; drop one of the two"
-            )
-        for field in ("model_name_or_path", "output_dir"):
+        for field in ("model_name_or_path", "output_dir", "lora_target_modules"):
             if not getattr(self, field):
                 raise InputError(f"{field}: expected a value, got an empty one")
         for message, holds in _IMPOSSIBLE.items():
@@ -203,6 +213,9 @@ _RANGES = {
     "beta": ("a number > 0", lambda x: 0 < x < float("inf")),
     "eta": ("a number >= 0", lambda x: 0 <= x < float("inf")),
     "label_smoothing": ("a number in [0, 0.5)", lambda x: 0 <= x < 0.5),
+    "lora_r": ("an integer >= 1", lambda x: x >= 1),
+    "lora_alpha": ("a number > 0", lambda x: 0 < x < float("inf")),
+    "lora_dropout": ("a number in [0, 1)", lambda x: 0 <= x < 1),
     "max_steps": ("-1 or an integer >= 1", lambda x: x == -1 or x >= 1),
     "num_train_epochs": ("a number > 0", lambda x: 0 < x < float("inf")),
     "per_device_train_batch_size": ("an integer >= 1", lambda x: x >= 1),
@@ -237,6 +250,34 @@ _IMPOSSIBLE: dict[str, typing.Callable[[RunConfig], bool]] = {
     "eval_split_ratio: expected 0 where eval_file or dataset_test_split holds the evaluation's "
     "pairs, got {eval_split_ratio}": lambda c: (
         c.eval_split_ratio > 0 and bool(c.eval_file or c.dataset_test_split)
+    ),
+    "ref_model_name_or_path: expected null with reference {reference}, got "
+    "{ref_model_name_or_path}": lambda c: (
+        c.reference in ("adapter", "none") and c.ref_model_name_or_path is not None
+    ),
+    "reference: expected precomputed or online where use_peft is false, got adapter": lambda c: (
+        c.reference == "adapter" and not c.use_peft
+    ),
+    "use_peft: expected true where a lora_ field is given, got false": lambda c: (
+        not c.use_peft
+        and any(
+            getattr(c, f.name) != f.default
+            for f in dataclasses.fields(c)
+            if f.name.startswith("lora_")
+        )
+    ),
+    "load_in_4bit: expected false without use_peft, as 4-bit weights cannot be trained": lambda c: (
+        c.load_in_4bit and not c.use_peft
+    ),
+    "load_in_4bit: expected false with gguf_file, whose weights are dequantized": lambda c: (
+        c.load_in_4bit and c.gguf_file is not None
+    ),
+    "model_dtype: expected float32 with dtype float32, got {model_dtype}": lambda c: (
+        c.dtype == "float32" and c.model_dtype != "float32"
+    ),
+    "resume_from_checkpoint: expected null with overwrite_output_dir, which removes the run to go "
+    "on with; drop one of the two": lambda c: (
+        c.resume_from_checkpoint is not None and c.overwrite_output_dir
     ),
     "max_prompt_length: expected less than max_length ({max_length}), so that responses keep some "
     "tokens; got {max_prompt_length}": lambda c: (c.max_prompt_length or 0) >= c.max_length,

@@ -64,8 +64,13 @@ def shard(model: PreferenceModel, accelerator: Accelerator) -> nn.Module:
     """Shard every parameter over all ranks, in place, each decoder layer as a unit.
 
     Raises:
-        InputError: a parameter is left unsharded.
+        InputError: the model has adapters, or a parameter is left unsharded.
     """
+    if model.language_model is not model.model:
+        raise InputError(
+            "use_peft: expected false with FSDP, which was not tried with adapters; "
+            "use trainer/accelerate/ddp.yaml"
+        )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     units = model.language_model._no_split_modules or ()
     for module in model.modules():

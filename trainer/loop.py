@@ -57,6 +57,7 @@ def run_step(
     Returns:
         `METRICS` (9,) of the step, the same on every rank.
     """
+    model.train(train)  # for adapters' dropout; the model's own is off
     pairs, num_pairs = split.pairs, len(step.indices)
     num_chosen_tokens = sum(pairs[i].chosen.trained_tokens for i in step.indices)
 

@@ -2,6 +2,7 @@
 
     precomputed   summed log-probs of every pair, computed before the first step, kept on disk
     online        a second, frozen model runs every batch beside the policy
+    adapter       the policy runs every batch once more, its LoRA adapters switched off
     none          nothing, for a loss that is reference-free
 
 A split carries a function from a batch to its log-probs (2B,), chosen first; that training reads
@@ -24,7 +25,7 @@ from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 from rpo_kernels.losses import LOSSES
-from trainer import ref_cache
+from trainer import adapters, ref_cache
 from trainer.config import InputError, RunConfig
 from trainer.encoding import Split
 from trainer.model import PreferenceModel, load_model, locate_model
@@ -83,7 +84,7 @@ class Reference:
         """
         score = scorer(policy if self.model is None else self.model)
         for name, split in splits.items():
-            if self.config.reference == "online":
+            if self.config.reference in ("online", "adapter"):
                 split.reference = score
             elif self.config.reference == "precomputed":
                 logps = self._precomputed(name, split, plans[name], score)
@@ -126,12 +127,17 @@ def _second_model(
 
 
 def scorer(model: nn.Module) -> Scorer:
-    """A model as a function from a batch to its sequences' summed log-probs (2B,)."""
+    """A model, without adapters, as a function from a batch to its summed log-probs (2B,).
+
+    Args:
+        model: a `PreferenceModel`, prepared or not.
+    """
 
     @torch.no_grad()
     def score(batch: Batch) -> Tensor:
         zeros = torch.zeros(2 * len(batch.indices), device=batch.labels.device)
-        out = model(batch, zeros, 1, 1)
+        with adapters.switched_off(model):
+            out = model(batch, zeros, 1, 1)
         return torch.cat([out.chosen_logps, out.rejected_logps])
 
     return score

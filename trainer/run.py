@@ -23,6 +23,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, set_seed
 
 from trainer import checkpoint, distributed, preview, report
+from trainer.adapters import add_adapters
 from trainer.config import InputError, RunConfig, parse_config
 from trainer.encoding import Split, encode_rows, use_chat_template
 from trainer.loop import (
@@ -93,6 +94,8 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     if config.torch_compile:
         compile_layers(model)
     reference = Reference(config, model, accelerator)
+    if config.use_peft:
+        model.model = add_adapters(model.model, config)
     if sharded:
         model = distributed.shard(model, accelerator)
         optimizer = make_optimizer(model, config)
