@@ -21,7 +21,7 @@ from trainer.report import RunLog
 from trainer.stop import Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds")
+TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
 STEPS = 30
 
 

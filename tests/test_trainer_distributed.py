@@ -23,7 +23,7 @@ from trainer import distributed, run
 from trainer.config import InputError, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds")
+TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from trainer.ref_cache import ROW, Table, data_key, model_key
 from trainer.reference import check_reference, fill, scorer
 
 PAIRS = 10
-TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds")
+TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,11 @@ from trainer.config import InputError, parse_config
 from trainer.model import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds")
+TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
 COLUMNS = (
     "step", "loss", "loss/dpo", "loss/sft", "rewards/accuracies", "rewards/margins", "logps/chosen",
-    "logps/rejected", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds",
+    "logps/rejected", "logps/chosen_delta", "grad_norm", "learning_rate", "tokens_per_second",
+    "step_seconds", "peak_memory_gb",
 )  # fmt: skip
 
 
@@ -87,6 +88,36 @@ def test_a_run_writes_what_it_promises(finished):
     assert (folder / "logps.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((folder / "data_report.json").read_text())
     assert report["train"]["pairs"] == 22 and report["eval"]["pairs"] == 9
+
+
+def test_chosen_delta_is_measured_against_the_reference(finished):
+    held_out = [row for row in finished[1] if "eval/loss" in row]
+    before, after = held_out[0], held_out[-1]
+    assert before["eval/logps/chosen_delta"] == pytest.approx(0.0, abs=1e-4)
+    moved = after["eval/logps/chosen"] - before["eval/logps/chosen"]
+    assert abs(moved) > 0.1
+    assert after["eval/logps/chosen_delta"] == pytest.approx(moved, abs=1e-3)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="needs tensorboard")
+def test_tensorboard_receives_every_row(tiny, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ["--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
+    rows = run.run(parse_config([*tiny, *words, "--report_to", "tensorboard"]))
+    events = EventAccumulator(str(tmp_path / "out" / "rpo_kernels")).Reload()
+    for name in ("loss", "eval/rewards/margins", "learning_rate"):
+        wanted = [(row["step"], row[name]) for row in rows if name in row]
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert len(found) == 2 and found == [pytest.approx(pair, rel=1e-6) for pair in wanted]
+
+
+def test_trackers_that_are_missing_or_unknown_are_refused(tiny, monkeypatch):
+    with pytest.raises(InputError, match="report_to: expected some of tensorboard, wandb, trackio"):
+        parse_config([*tiny, "--report_to", "mlflow"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="report_to: wandb is not installed; run: pip install wa"):
+        run.run(parse_config([*tiny, "--report_to", "wandb"]))
 
 
 def test_it_learns_and_starts_as_the_reference(finished):

@@ -19,7 +19,7 @@ from trainer_tiny import (
 )
 
 from trainer.config import InputError
-from trainer.loop import check_finite, evaluate, evaluation_step, run_step
+from trainer.loop import METRICS, check_finite, evaluate, evaluation_step, named, run_step
 from trainer.model import locate_model, loss_options
 from trainer.packing import Step, first_visits, pack, plan_pass, plan_training, regroup
 from trainer.reference import lookup
@@ -93,7 +93,8 @@ def test_reference_free_losses_need_no_reference():
     policy, accelerator = tiny_policy(loss_type="simpo")
     step = Step((((0, 1),),))
     values = run_step(policy, as_split(tiny_split(2).pairs), step, accelerator, train=True)
-    assert values.isfinite().all()
+    assert METRICS[-1] == "logps/chosen_delta" and values[-1].isnan()  # against nothing
+    assert values[:-1].isfinite().all() and set(named(values)) == set(METRICS[:-1])
 
 
 def test_bfloat16_keeps_float32_weights_and_a_finite_loss():

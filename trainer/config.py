@@ -35,6 +35,8 @@ DESCRIBED_BY = {
     "dataset_name": DATA,
 }
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
 
 class InputError(ValueError):
     """The user gave something wrong; the message says what was expected, what came, what to do."""
@@ -167,6 +169,8 @@ class RunConfig:
     """Steps between two rows of `metrics.jsonl`, which are means over these steps."""
     eval_steps: int = 0
     """Steps between evaluations; 0 evaluates before and after training only."""
+    report_to: tuple[str, ...] = ()
+    """Trackers beside `metrics.jsonl`: any of `tensorboard`, `wandb`, `trackio`."""
     save_steps: int = 0
     """Steps between checkpoints; 0 writes one only when the run is told to stop (SIGTERM)."""
     save_total_limit: int | None = None
@@ -231,6 +235,10 @@ _RANGES = {
     "cpu_threads": ("an integer >= 0", lambda x: x >= 0),
     "logging_steps": ("an integer >= 1", lambda x: x >= 1),
     "eval_steps": ("an integer >= 0", lambda x: x >= 0),
+    "report_to": (
+        f"some of {', '.join(TRACKERS)}",
+        lambda x: len({*x}) == len(x) and {*x} <= {*TRACKERS},
+    ),
     "save_steps": ("an integer >= 0", lambda x: x >= 0),
     "save_total_limit": ("null or an integer >= 1", lambda x: x >= 1),
 }

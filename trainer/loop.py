@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,18 +26,31 @@ from trainer.stop import Stopped, StopSignal
 
 METRICS = (
     "loss", "loss/dpo", "loss/sft", "rewards/accuracies", "rewards/margins",
-    "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected",
+    "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logps/chosen_delta",
 )  # fmt: skip
 
 
-def metric_shares(out: RPOOutput, num_pairs: int) -> Tensor:
-    """`METRICS` (9,) of a batch as its share of `num_pairs` pairs; a step's shares add up."""
+def metric_shares(out: RPOOutput, ref_logps: Tensor | None, num_pairs: int) -> Tensor:
+    """`METRICS` (10,) of a batch as its share of `num_pairs` pairs; a step's shares add up.
+
+    Without ref_logps (2B,) the last, chosen log-probs against the reference, is NaN.
+    """
+    ref = math.nan if ref_logps is None else ref_logps[: len(out.chosen_logps)]
     sums = [
         x.sum() / num_pairs
-        for x in (out.chosen_rewards, out.rejected_rewards, out.chosen_logps, out.rejected_logps)
-    ]
+        for x in (
+            out.chosen_rewards, out.rejected_rewards, out.chosen_logps, out.rejected_logps,
+            out.chosen_logps - ref,
+        )
+    ]  # fmt: skip
     scalars = [out.loss.detach(), out.dpo_loss, out.sft_loss, out.accuracy, out.margin]
     return torch.stack([x.float() for x in (*scalars, *sums)])
+
+
+def named(values: Tensor) -> dict[str, float]:
+    """`METRICS` (10,) by name, without those that are not defined."""
+    pairs = zip(METRICS, values.tolist(), strict=True)
+    return {k: v for k, v in pairs if not (k == "logps/chosen_delta" and math.isnan(v))}
 
 
 def run_step(
@@ -55,7 +70,7 @@ def run_step(
         train: whether to compute gradients.
 
     Returns:
-        `METRICS` (9,) of the step, the same on every rank.
+        `METRICS` (10,) of the step, the same on every rank.
     """
     model.train(train)  # for adapters' dropout; the model's own is off
     pairs, num_pairs = split.pairs, len(step.indices)
@@ -70,7 +85,7 @@ def run_step(
             out = model(batch, ref, num_pairs, num_chosen_tokens)
             if train:  # DDP and FSDP2 average over ranks; the step's gradient is the sum
                 accelerator.backward(out.loss * accelerator.num_processes)
-        shares += metric_shares(out, num_pairs)
+        shares += metric_shares(out, ref, num_pairs)
     return accelerator.reduce(shares, "sum")
 
 
@@ -86,8 +101,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over a held-out set, as `eval/...`."""
     started = time.perf_counter()
-    values = run_step(model, split, step, accelerator, train=False).tolist()
-    row = {f"eval/{name}": value for name, value in zip(METRICS, values, strict=True)}
+    values = named(run_step(model, split, step, accelerator, train=False))
+    row = {f"eval/{name}": value for name, value in values.items()}
     return row | {"eval/seconds": time.perf_counter() - started}
 
 
@@ -181,17 +196,17 @@ def take_step(
         FloatingPointError: the loss or the gradient is not finite; the weights are as before.
     """
     started = time.perf_counter()
-    values = run_step(training.model, split, step, accelerator, train=True).tolist()
+    values = named(run_step(training.model, split, step, accelerator, train=True))
     max_norm = config.max_grad_norm or math.inf
     norm = norm_value(accelerator.clip_grad_norm_(training.model.parameters(), max_norm))
-    check_finite(training.step + 1, values[0], norm)
+    check_finite(training.step + 1, values["loss"], norm)
     learning_rate = training.schedule.get_last_lr()[0]
     training.optimizer.step()
     training.schedule.step()
     training.optimizer.zero_grad(set_to_none=True)
     training.step += 1
     training.window.append(
-        dict(zip(METRICS, values, strict=True))
+        values
         | {
             "grad_norm": norm,
             "learning_rate": learning_rate,
@@ -204,14 +219,22 @@ def take_step(
 def mean_row(window: list[dict[str, float]]) -> dict[str, float]:
     """The row of several steps: means, the last learning rate, and throughput."""
     seconds = sum(step["seconds"] for step in window)
-    row = {
-        name: sum(step[name] for step in window) / len(window) for name in (*METRICS, "grad_norm")
-    }
+    names = [name for name in (*METRICS, "grad_norm") if name in window[0]]
+    row = {name: sum(step[name] for step in window) / len(window) for name in names}
     return row | {
         "learning_rate": window[-1]["learning_rate"],
         "tokens_per_second": sum(step["tokens"] for step in window) / seconds,
         "step_seconds": seconds / len(window),
+        "peak_memory_gb": peak_memory(),
     }
+
+
+def peak_memory() -> float:
+    """Largest memory of this process so far in GiB: of tensors on a GPU, resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def check_finite(step: int, loss: float, grad_norm: float) -> None:

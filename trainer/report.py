@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from tqdm import tqdm
 
 from trainer.config import InputError, RunConfig
@@ -15,6 +17,8 @@ from trainer.config import InputError, RunConfig
 METRICS_FILE, CONFIG_FILE, DATA_FILE, PLOT_FILE, MODEL_FOLDER = (
     "metrics.jsonl", "config.yaml", "data_report.json", "logps.png", "model"
 )  # fmt: skip
+
+PROJECT = "rpo_kernels"  # what trackers call the place of all runs
 
 
 def progress(items: Sequence, description: str, done: int = 0) -> tqdm:
@@ -39,9 +43,14 @@ class RunLog:
     """The output folder: resolved config and data report at once, then a row per logged step."""
 
     def __init__(
-        self, config: RunConfig, data_report: dict[str, object], rows: list[dict[str, float]]
+        self,
+        config: RunConfig,
+        data_report: dict[str, object],
+        rows: list[dict[str, float]],
+        accelerator: Accelerator,
     ) -> None:
         """Open the folder and write `rows`, a resumed run's; only the main process writes."""
+        self.accelerator = accelerator
         self.folder = Path(config.output_dir)
         self.rows: list[dict[str, float]] = []
         self.file = None
@@ -55,10 +64,19 @@ class RunLog:
             )
             self.file = (self.folder / METRICS_FILE).open("w", encoding="utf-8")
         for row in rows:
-            self.write(row)
+            self._append(row)
+        if config.report_to:
+            values = dataclasses.asdict(config)
+            simple = {k: v if isinstance(v, int | float) else str(v) for k, v in values.items()}
+            accelerator.init_trackers(PROJECT, config=simple)
 
     def write(self, row: dict[str, float]) -> None:
-        """Append one row and flush it, so that an interrupted run keeps what it measured."""
+        """Append one row, here and in the trackers."""
+        self._append(row)
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def _append(self, row: dict[str, float]) -> None:
+        """Append and flush, so that an interrupted run keeps what it measured."""
         self.rows.append(row)
         if self.file:
             self.file.write(json.dumps(row) + "\n")
@@ -74,7 +92,20 @@ class RunLog:
         if self.file:
             self.file.close()
             plot_run(self.rows, self.folder / PLOT_FILE)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         say(f"{summary(self.rows)}\nfinished in {seconds:.0f} s: {self.folder}")
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Refuse a tracker whose package is missing, which accelerate would leave out unsaid.
+
+    Raises:
+        InputError: naming the package.
+    """
+    for name in config.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"report_to: {name} is not installed; run: pip install {name}")
 
 
 def check_output_dir(config: RunConfig, checkpoint: Path | None) -> None:

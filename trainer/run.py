@@ -55,6 +55,7 @@ from trainer.truncation import Limits
 def run(config: RunConfig) -> list[dict[str, float]]:
     """Run a config from files to a saved model; returns the rows of `metrics.jsonl`."""
     started = time.perf_counter()
+    report.check_trackers(config)
     sharded = distributed.take_request()
     accelerator = start(config)
 
@@ -84,7 +85,8 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     if resumed:
         checkpoint.check_fingerprint(resumed, fingerprint)
         earlier = checkpoint.read_progress(resumed)["rows"]
-    log = report.RunLog(config, {name: split.report for name, split in splits.items()}, earlier)
+    reports = {name: split.report for name, split in splits.items()}
+    log = report.RunLog(config, reports, earlier, accelerator)
     if accelerator.is_main_process:
         checkpoint.clear(log.folder, resuming=resumed is not None)
 
@@ -165,7 +167,12 @@ def plan(config: RunConfig, splits: dict[str, Split], ranks: int) -> dict[str, l
 def start(config: RunConfig) -> Accelerator:
     """Seed everything, choose precision and CPU threads."""
     precision = "bf16" if config.dtype == "bfloat16" else "no"
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.cuda.is_available(),
+        log_with=list(config.report_to) or None,
+        project_dir=config.output_dir,
+    )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise InputError(
             "DeepSpeed: the trainer shards with FSDP2 only, as trainer/accelerate/fsdp2.yaml does"
