@@ -2,108 +2,25 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import processors
-from trainer_tiny import CHATML, chat, record, tiny_tokenizer, write_jsonl
+from trainer_tiny import ANSWER, CHATML, GOOD, TALK, USER, chat, record, tiny_tokenizer, write_jsonl
 
-from trainer.config import ROOT, InputError, RunConfig, parse_config
+from trainer.config import InputError, RunConfig, parse_config
 from trainer.data import BadRows, check_record
 from trainer.encoding import IGNORE, encode_rows, use_chat_template
 from trainer.sources import check_rows, hold_out, read_file, read_splits, weigh
 from trainer.truncation import Limits
-
-GOOD = {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}
-USER, ANSWER = chat("hi", "hello")
-TALK = {"prompt": USER, "chosen": ANSWER, "rejected": chat("", "go away")[1]}
 
 
 def read_rows(files, bad):
     rows = [row for name in files for row in check_rows(f"{name}:", read_file(name), bad)]
     bad.settle(len(rows))
     return rows
-
-
-BAD_ROWS = [
-    (b"{not json", "not valid JSON: Expecting property name"),
-    (b'{"prompt": "\xff"}', "not valid JSON"),
-    (b"[1, 2]", "not a JSON object: got list"),
-    ({}, "missing field: chosen, rejected (the row has no field)"),
-    ({"prompt": "a", "chosen": "b"}, "missing field: rejected (the row has prompt, chosen)"),
-    (GOOD | {"chosen": None}, "missing field: chosen"),
-    (GOOD | {"chosen": ""}, "empty response: chosen"),
-    (GOOD | {"rejected": " \n"}, "empty response: rejected"),
-    (GOOD | {"rejected": " 4"}, "chosen equals rejected"),
-    (GOOD | {"chosen": 4}, "wrong type: chosen: expected a string or a list of messages, got int"),
-    (GOOD | {"chosen": ANSWER}, "mixed forms: expected all strings or all message lists"),
-    (TALK | {"chosen": [{"role": "bot", "content": "x"}]}, "bad message: chosen[0]: expected"),
-    (TALK | {"chosen": ["x"]}, "bad message: chosen[0]"),
-    (TALK | {"chosen": [{"role": "assistant", "content": None}]}, "bad message: chosen[0]"),
-    (TALK | {"chosen": []}, "empty response: chosen"),
-    (TALK | {"chosen": [{"role": "assistant", "content": " "}]}, "empty response: chosen"),
-    (TALK | {"chosen": USER}, "bad turns: chosen must begin and end with an assistant"),
-    (TALK | {"prompt": []}, "bad turns: prompt must end with a user, system or tool"),
-    (TALK | {"prompt": USER + ANSWER}, "bad turns: prompt must end with a user, system or tool"),
-    (TALK | {"rejected": ANSWER}, "chosen equals rejected"),
-    (TALK | {"tools": "{"}, "bad tools: not valid JSON"),
-    (TALK | {"tools": ["add"]}, "bad tools: expected a list of JSON objects, got ['add']"),
-    (GOOD | {"tools": [{}]}, "bad tools: strings have no chat template to show tools"),
-    (TALK | {"chosen": [{"role": "assistant", "tool_calls": 3}]}, "bad message: chosen[0]"),
-    ({"chosen": "yes", "rejected": "no"}, "no common prompt: without prompt, both must begin with"),
-    ({"chosen": ANSWER, "rejected": USER}, "no common prompt: without prompt, both must begin"),
-    ({"chosen": "a b", "rejected": ANSWER}, "mixed forms: expected all strings or all message"),
-    (TALK | {"prompt": "hi"}, "mixed forms: expected all strings or all message lists, but prompt"),
-]  # fmt: skip
-
-
-def as_line(row):
-    return row if isinstance(row, bytes) else json.dumps(row).encode()
-
-
-@pytest.mark.parametrize(("row", "message"), BAD_ROWS, ids=[m[:40] for _, m in BAD_ROWS])
-def test_a_bad_row_is_named_by_file_and_line(row, message, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(as_line(GOOD) + b"\n\n" + as_line(row) + b"\n")
-    with pytest.raises(InputError) as error:
-        read_rows((str(file),), BadRows("error"))
-    assert f"{file}:3: {message}" in str(error.value) and "--on_bad_row skip" in str(error.value)
-
-
-def test_skip_counts_by_reason(tmp_path):
-    rows = [GOOD, *(row for row, _ in BAD_ROWS), TALK]
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(b"\n".join(as_line(row) for row in rows))
-    bad = BadRows("skip")
-    assert len(read_rows((str(file),), bad)) == 2
-    assert bad.reasons.total() == len(BAD_ROWS)
-    assert bad.reasons["empty response"] == 4 and bad.reasons["not valid JSON"] == 2
-
-
-def test_many_bad_rows_are_counted_not_listed(tmp_path):
-    file = write_jsonl(tmp_path / "rows.jsonl", [{}] * 20)
-    with pytest.raises(InputError, match=r"20 unusable row(?s:.*)\.\.\. and 15 more"):
-        read_rows((file,), BadRows("error"))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("none.jsonl", None, "no such file"),
-        ("rows.txt", b"a,b\n", "expected a .jsonl, .parquet or .csv file, got .txt"),
-        ("rows.csv", b"\xff\n", "not a readable CSV file"),
-        ("rows.parquet", b"no parquet", "not a readable Parquet file"),
-        ("empty.jsonl", b"\n", "no usable preference pair"),
-    ],
-)
-def test_a_bad_file_is_named(name, content, message, tmp_path):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        read_rows((str(tmp_path / name),), BadRows("skip"))
 
 
 def test_parquet_and_several_files(tmp_path):
@@ -444,18 +361,3 @@ def test_the_demo_data_is_complete_and_held_out():
     assert len(train) >= 160 and len(held_out) >= 32
     prompts = [{json.dumps(row.prompt) for row in rows} for rows in (train, held_out)]
     assert not prompts[0] & prompts[1]
-
-
-MTBENCH = Path(ROOT).parent / "shared" / "data" / "mtbench_preferences.jsonl"
-
-
-@pytest.mark.skipif(not MTBENCH.is_file(), reason="the project does not ship the MT-Bench answers")
-def test_real_answers_of_one_and_two_turns():
-    tokenizer = tiny_tokenizer()
-    rows = read_rows((str(MTBENCH),), bad := BadRows("skip"))
-    split = encode_rows(rows, tokenizer, Limits(10**6), bad)
-    assert len(split.pairs) + bad.reasons.total() == 300 and bad.reasons.total() < 10
-    long = next(k for k, row in enumerate(rows) if len(row.chosen) == 3)
-    answers = [m["content"] for m in rows[long].chosen if m["role"] == "assistant"]
-    wanted = "".join(answer + "<|im_end|>" for answer in answers)
-    assert trained_text(split.pairs[long].chosen, tokenizer) == wanted

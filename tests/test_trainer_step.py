@@ -20,7 +20,6 @@ from trainer_tiny import (
 
 from trainer.config import InputError
 from trainer.loop import METRICS, check_finite, evaluate, evaluation_step, named, run_step
-from trainer.model import locate_model, loss_options
 from trainer.packing import Step, first_visits, pack, plan_pass, plan_training, regroup
 from trainer.reference import lookup
 from trainer.run import plan
@@ -154,26 +153,6 @@ def test_max_steps_overrides_epochs():
     how = {"batch_size": 2, "accumulation": 1, "ranks": 1, "seed": 0}
     assert len(plan_training(5, epochs=1, max_steps=7, **how)) == 7
     assert len(plan_training(5, epochs=0.5, max_steps=-1, **how)) == 2
-
-
-BAD_COMBINATIONS = [
-    ({"loss_type": "dpo"}, "loss_type: expected one of"),
-    ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
-    ({"loss_type": "exo_pair"}, "label_smoothing"),
-]
-
-
-@pytest.mark.parametrize(("fields", "message"), BAD_COMBINATIONS, ids=lambda x: str(x)[:40])
-def test_what_the_loss_refuses_is_refused_before_any_model_is_loaded(fields, message):
-    with pytest.raises(InputError, match=message):
-        loss_options(tiny_config(**fields))
-
-
-def test_a_model_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(InputError, match="'no_such_package' is not installed; install it"):
-        locate_model(tiny_config(model_name_or_path="package:no_such_package"))
-    with pytest.raises(InputError, match="gguf_file: no file 'm.gguf'"):
-        locate_model(tiny_config(model_name_or_path=str(tmp_path), gguf_file="m.gguf"))
 
 
 def test_nan_stops_the_run():

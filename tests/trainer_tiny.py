@@ -107,6 +107,11 @@ def chat(prompt, *turns):
     ]
 
 
+USER, ANSWER = chat("hi", "hello")
+GOOD = {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}  # strings
+TALK = {"prompt": USER, "chosen": ANSWER, "rejected": chat("", "go away")[1]}
+
+
 def record(number):
     """The `number`-th pair of an easy task: say the digits up from the prompt's, not down."""
     first = number % 7
