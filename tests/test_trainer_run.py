@@ -13,7 +13,7 @@ import yaml
 from trainer_tiny import record, save_tiny, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer import run
+from trainer import card, run
 from trainer.config import InputError, parse_config
 from trainer.model import load_tokenizer
 
@@ -140,6 +140,39 @@ def test_the_model_folder_loads(finished, tiny):
         [{"role": "user", "content": "count"}], add_generation_prompt=True, return_tensors="pt"
     )
     assert model.generate(**text, max_new_tokens=3).shape[1] > text["input_ids"].shape[1]
+
+
+def test_the_model_card_holds_recipe_and_curves(finished):
+    folder, _ = finished
+    _, header, text = (folder / "model" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(header)["library_name"] == "transformers"
+    assert "base_model" not in yaml.safe_load(header)  # a local folder is none of the hub's
+    recipe = text.split("```yaml\n")[1].split("```")[0]
+    assert recipe == (folder / "config.yaml").read_text()
+    assert "rewards/margins" in text and "after 6 optimizer steps" in text
+    assert (folder / "model" / "logps.png").read_bytes() == (folder / "logps.png").read_bytes()
+
+
+def test_push_to_hub_uploads_the_model_folder(tiny, tmp_path, monkeypatch):
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo_id, **options):
+            calls.append(("create", repo_id, options))
+
+        def upload_folder(self, repo_id, folder_path):
+            names = {path.name for path in Path(folder_path).iterdir()}
+            calls.append(("upload", repo_id, names))
+
+    monkeypatch.setattr(card, "HfApi", Hub)
+    words = [*tiny, "--max_steps", "1", "--output_dir", str(tmp_path / "out"), "--push_to_hub"]
+    with pytest.raises(InputError, match="hub_model_id: expected a repository to push to"):
+        parse_config(words)
+    run.run(parse_config([*words, "--hub_model_id", "me/tiny"]))
+    (create, upload) = calls
+    assert create == ("create", "me/tiny", {"private": True, "exist_ok": True})
+    assert upload[:2] == ("upload", "me/tiny")
+    assert {"README.md", "logps.png", "model.safetensors", "tokenizer.json"} <= upload[2]
 
 
 def test_the_resolved_config_repeats_the_run_bit_for_bit(finished, tmp_path):

@@ -49,7 +49,7 @@ FREE = frozenset(
         "per_device_eval_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch",
         "ref_cache_dir", "cpu_threads", "output_dir",
         "overwrite_output_dir", "report_to", "save_steps", "save_total_limit",
-        "resume_from_checkpoint",
+        "resume_from_checkpoint", "push_to_hub", "hub_model_id",
     )
 )  # fmt: skip
 PLAN = "per_device_train_batch_size * gradient_accumulation_steps * processes"

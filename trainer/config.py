@@ -180,6 +180,10 @@ class RunConfig:
     dry_run: bool = False
     """Whether to print samples, lengths and the plan of steps and memory, and end before training;
     no weights are loaded, no file is written."""
+    push_to_hub: bool = False
+    """Whether the model folder is uploaded to the hub when the run has finished."""
+    hub_model_id: str | None = None
+    """Repository on the hub to upload to; a new one is private."""
     output_dir: str = "outputs/run"
     """Where metrics, plot, resolved config and model go."""
     overwrite_output_dir: bool = False
@@ -286,6 +290,9 @@ _IMPOSSIBLE: dict[str, typing.Callable[[RunConfig], bool]] = {
     "resume_from_checkpoint: expected null with overwrite_output_dir, which removes the run to go "
     "on with; drop one of the two": lambda c: (
         c.resume_from_checkpoint is not None and c.overwrite_output_dir
+    ),
+    "hub_model_id: expected a repository to push to, got null": lambda c: (
+        c.push_to_hub and not c.hub_model_id
     ),
     "max_prompt_length: expected less than max_length ({max_length}), so that responses keep some "
     "tokens; got {max_prompt_length}": lambda c: (c.max_prompt_length or 0) >= c.max_length,

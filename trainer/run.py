@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, set_seed
 
-from trainer import checkpoint, distributed, preview, report
+from trainer import card, checkpoint, distributed, preview, report
 from trainer.adapters import add_adapters
 from trainer.config import InputError, RunConfig, parse_config
 from trainer.encoding import Split, encode_rows, use_chat_template
@@ -128,6 +128,10 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     if accelerator.is_main_process:
         save_model(accelerator.unwrap_model(model).model, tokenizer, log.model_folder, weights)
     log.finish(time.perf_counter() - started)
+    if accelerator.is_main_process:
+        card.write_card(config, log.rows, log.model_folder)
+        if config.push_to_hub:
+            card.push(config, log.model_folder)
     accelerator.wait_for_everyone()
     return log.rows
 
