@@ -27,6 +27,7 @@ Memory: the panel with its operands within `max_bytes`, and `dH` in float32 (N x
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,10 +172,32 @@ def _unit(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(largest > 0, torch.exp2(largest.log2().ceil()), 1)
 
 
-def _coefficients(grad: Tensor, sums: Tensor, top: Tensor) -> Tensor:
+class Terms(NamedTuple):
+    """What the kept rows bring to backward, each (N,) but `top` ()."""
+
+    shift: Tensor
+    entry: Tensor
+    """E of the targets."""
+    factor: Tensor
+    """``-g / S``, for the rows of dH."""
+    coef: Tensor
     """``-g / S`` over `top`, for the rows of H in matmuls: no denormals."""
+    top: Tensor
+
+
+def _terms(grad: Tensor, logps: Tensor, norm: Tensor, rows: Rows, head: Head) -> Terms:
+    total = rows.targets.shape[0]
+    grad, logps, norm = (rows.take(x, 0, total) for x in (grad, logps, norm))
+    shift, sums = norm.unbind(1)
+    top = _unit(grad, head.dtype)
     unit = -grad / top
-    return torch.where(unit.abs() < 1e-20, 0, unit / sums)
+    return Terms(
+        shift,
+        target_entry(logps, shift, sums, head.transform),
+        -grad / sums,
+        torch.where(unit.abs() < 1e-20, 0, unit / sums),
+        top,
+    )
 
 
 def backward(
@@ -199,11 +222,7 @@ def backward(
     need_h, need_w, need_b = needs
     (total, width), vocab = (rows.targets.shape[0], hidden.shape[1]), head.weight.shape[0]
     acc_dtype = accumulator_dtype(head.dtype)
-    grad, logps, norm = (rows.take(x, 0, total) for x in (grad, logps, norm))
-    shift, sums = norm.unbind(1)
-    top = _unit(grad, head.dtype)
-    coef = _coefficients(grad, sums, top)
-    entry = target_entry(logps, shift, sums, head.transform)
+    shift, entry, factor, coef, top = _terms(grad, logps, norm, rows, head)
     n, p = _shape(total, vocab, width, head.dtype.itemsize, max_bytes, hidden.device.type == "cpu")
     d_rows = hidden.new_zeros(total, width, dtype=acc_dtype) if need_h else None
     blank = torch.empty_like if total else torch.zeros_like
@@ -240,7 +259,7 @@ def backward(
             torch.mul(dw, top, out=d_weight[v0 : v0 + p])
         if d_bias is not None:
             torch.mul(db[:, 0], top, out=d_bias[v0 : v0 + p])
-    d_hidden = None if d_rows is None else rows.put(hidden, d_rows.mul_((-grad / sums)[:, None]))
+    d_hidden = None if d_rows is None else rows.put(hidden, d_rows.mul_(factor[:, None]))
     return d_hidden, d_weight, d_bias
 
 
@@ -264,11 +283,7 @@ def backward_skipping(
     need_h, need_w, need_b = needs
     acc = accumulator_dtype(head.dtype)
     total, width = rows.targets.shape[0], hidden.shape[1]
-    grad, logps, norm = (rows.take(x, 0, total) for x in (grad, logps, norm))
-    shift, sums = norm.unbind(1)
-    top = _unit(grad, head.dtype)
-    coef = _coefficients(grad, sums, top)
-    entry = target_entry(logps, shift, sums, head.transform)
+    shift, entry, factor, coef, top = _terms(grad, logps, norm, rows, head)
     d_rows = hidden.new_zeros(total, width, dtype=acc) if need_h else None
     d_weight = torch.zeros_like(head.weight, dtype=acc) if need_w else None
     d_bias = torch.zeros_like(head.weight[:, 0], dtype=acc) if need_b else None
@@ -276,7 +291,7 @@ def backward_skipping(
     for (start, stop), index in zip(
         blocks, skipping.kept_entries(keep[: len(blocks)]), strict=True
     ):
-        used = start + grad[start:stop].nonzero()[:, 0]
+        used = start + factor[start:stop].nonzero()[:, 0]
         if used.shape[0] == 0:
             continue
         part = rows.subset(used)
@@ -298,7 +313,7 @@ def backward_skipping(
             if d_bias is not None:
                 d_bias.index_add_(0, chosen, torch.mv(panel, coef[used].to(panel.dtype)).to(acc))
         if d_rows is not None:
-            d_rows[used] = d_part.mul_((-grad / sums)[used, None])
+            d_rows[used] = d_part.mul_(factor[used, None])
     return (
         None if d_rows is None else rows.put(hidden, d_rows),
         None if d_weight is None else d_weight.mul_(top).to(head.weight.dtype),
