@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trainer import card, run
 from trainer.config import InputError, parse_config
 from trainer.model import load_tokenizer
+from trainer.run import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
@@ -257,3 +259,16 @@ def test_the_default_model_s_tokenizer_is_complete():
     assert text.endswith("<|im_start|>user\nhi<|im_end|>\n")
     for sample in ("def f(x):\n\treturn  x", "Grüße 🔥 2+2=4", text):
         assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library of Linux")
+def test_freed_memory_is_used_again():
+    keep_freed_memory()
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24).sum()  # 64 MiB, 16384 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 1000

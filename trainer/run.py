@@ -6,6 +6,7 @@ accelerate launch trainer/run.py --dry_run                        samples and pl
 python trainer/run.py --help                                      every field
 """
 
+import ctypes
 import os
 import sys
 import time
@@ -168,6 +169,20 @@ def plan(config: RunConfig, splits: dict[str, Split], ranks: int) -> dict[str, l
     }
 
 
+def keep_freed_memory() -> None:
+    """Let the C library reuse freed blocks of any size instead of giving them back to the system.
+
+    Activations are freed and allocated again at every step, and fresh pages cost time.
+    """
+    try:
+        tune = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of malloc.h
+    tune(m_mmap_max, 0)
+    tune(m_trim_threshold, -1)
+
+
 def start(config: RunConfig) -> Accelerator:
     """Seed everything, choose precision and CPU threads."""
     precision = "bf16" if config.dtype == "bfloat16" else "no"
@@ -185,6 +200,7 @@ def start(config: RunConfig) -> Accelerator:
     if accelerator.num_processes != asked:
         raise InputError(f"{asked} processes were asked for, {accelerator.num_processes} started")
     if accelerator.device.type == "cpu":
+        keep_freed_memory()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(config.cpu_threads or max(1, share))
