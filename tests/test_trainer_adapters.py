@@ -34,7 +34,7 @@ from trainer.ref_cache import model_key
 from trainer.reference import lookup, scorer
 
 STEP = Step((((0, 1),),))
-TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds")
+TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
 
 
 @pytest.fixture(scope="module")

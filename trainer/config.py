@@ -137,6 +137,14 @@ class RunConfig:
     """Schedule of the learning rate over the run, after the warm-up."""
     warmup_ratio: float = 0.1
     """Share of the steps over which the learning rate rises from 0."""
+    min_lr_rate: float = 0.0
+    """Share of the peak at which `cosine` ends."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the mean squared gradient."""
+    adam_epsilon: float = 1e-8
+    """AdamW's addend to the root of the mean squared gradient."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, on matrices only."""
     max_grad_norm: float = 1.0
@@ -232,6 +240,10 @@ _RANGES = {
     "per_device_eval_batch_size": ("an integer >= 1", lambda x: x >= 1),
     "learning_rate": ("a number > 0", lambda x: 0 < x < float("inf")),
     "warmup_ratio": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
+    "min_lr_rate": ("a number in [0, 1)", lambda x: 0 <= x < 1),
+    "adam_beta1": ("a number in [0, 1)", lambda x: 0 <= x < 1),
+    "adam_beta2": ("a number in [0, 1)", lambda x: 0 <= x < 1),
+    "adam_epsilon": ("a number > 0", lambda x: 0 < x < float("inf")),
     "weight_decay": ("a number >= 0", lambda x: 0 <= x < float("inf")),
     "max_grad_norm": ("a number >= 0", lambda x: 0 <= x < float("inf")),
     "seed": ("an integer in [0, 2^32)", lambda x: 0 <= x < 2**32),
@@ -284,6 +296,8 @@ _IMPOSSIBLE: dict[str, typing.Callable[[RunConfig], bool]] = {
     "load_in_4bit: expected false with gguf_file, whose weights are dequantized": lambda c: (
         c.load_in_4bit and c.gguf_file is not None
     ),
+    "min_lr_rate: expected 0 with lr_scheduler_type {lr_scheduler_type}, as only cosine ends "
+    "there, got {min_lr_rate}": lambda c: c.min_lr_rate > 0 and c.lr_scheduler_type != "cosine",
     "model_dtype: expected float32 with dtype float32, got {model_dtype}": lambda c: (
         c.dtype == "float32" and c.model_dtype != "float32"
     ),

@@ -113,7 +113,8 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, config.learning_rate, betas, config.adam_epsilon, fused=True)
 
 
 @dataclass
@@ -141,6 +142,9 @@ def make_schedule(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate over `steps` steps, warm-up included."""
     warmup = math.ceil(config.warmup_ratio * steps)
+    if config.min_lr_rate:
+        how = {"min_lr_rate": config.min_lr_rate}
+        return get_scheduler("cosine_with_min_lr", optimizer, warmup, steps, how)
     return get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps)
 
 
