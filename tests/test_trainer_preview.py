@@ -9,7 +9,7 @@ from trainer_tiny import record, save_tiny, tiny_split, tiny_tokenizer, write_js
 
 from trainer import run
 from trainer.config import parse_config
-from trainer.preview import histogram, marked, steps_plan
+from trainer.preview import histogram, marked, memory_plan, steps_plan
 
 
 def test_trained_tokens_are_marked():
@@ -56,6 +56,13 @@ def test_a_dry_run_prints_and_ends(words, tmp_path, monkeypatch, capsys):
     assert f"{(259 * 32 + 2 * (3072 + 6144 + 64) + 32) / 1e6:.1f} M parameters" in out
     assert re.search(r"head, at most \d+ trained tokens in a pass, vocabulary 259", out)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl"]
+
+
+def test_adapters_leave_the_weights_without_gradients(words):
+    split, config = tiny_split(8), parse_config([*words, "--use_peft"])
+    plan = run.plan(config, {"train": split}, ranks=1)["train"]
+    text = memory_plan(config, config.model_name_or_path, split, plan)
+    assert "GiB (float32), gradients and moments of the adapters only" in text
 
 
 def test_the_largest_step_and_pass_are_counted(words):

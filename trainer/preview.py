@@ -86,7 +86,7 @@ def steps_plan(split: Split, steps: list[Step]) -> str:
 
 
 def memory_plan(config: RunConfig, source: str, split: Split, steps: list[Step]) -> str:
-    """Bytes of what a full fine-tuning keeps, and of the head while it runs.
+    """Bytes of weights and of what is trained with them, and of the head while it runs.
 
     Raises:
         InputError: the model's config cannot be read.
@@ -111,14 +111,18 @@ def memory_plan(config: RunConfig, source: str, split: Split, steps: list[Step])
         width=width,
         vocab=vocabulary,
         itemsize=head_plan.DTYPES[config.dtype].itemsize,
-        frozen=False,
+        frozen=config.use_peft,
         max_bytes=int((config.max_workspace_mb or workspace) * 2**20),
     )
     streaming, recompute = head_plan.streaming(shape), head_plan.recompute(shape)
     gib, mib = head_plan.GIB, 2**20
+    kind = "4 bits, the head's more" if config.load_in_4bit else config.model_dtype
+    kept = count * (0.5 if config.load_in_4bit else head_plan.DTYPES[config.model_dtype].itemsize)
+    learned = f"gradients {kept / gib:.2f} GiB, moments {2 * kept / gib:.2f} GiB"
+    if config.use_peft:
+        learned = "gradients and moments of the adapters only"
     return (
-        f"  {count / 1e6:.1f} M parameters in float32: weights {4 * count / gib:.2f} GiB, "
-        f"gradients {4 * count / gib:.2f} GiB, moments {8 * count / gib:.2f} GiB\n"
+        f"  {count / 1e6:.1f} M parameters: weights {kept / gib:.2f} GiB ({kind}), {learned}\n"
         f"  head, at most {rows} trained tokens in a pass, vocabulary {vocabulary}: "
         f"{streaming.extra / mib:.0f} MiB streaming, {recompute.extra / mib:.0f} MiB recompute "
         f"(logits alone: {rows * vocabulary * shape.itemsize / mib:.0f} MiB)\n"
