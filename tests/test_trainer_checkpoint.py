@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from trainer_tiny import record, save_tiny, write_jsonl
 
 from trainer import run
@@ -171,3 +172,16 @@ def test_stopped_says_where_to_go_on():
     assert str(Stopped(signal.SIGTERM, Path("out/checkpoint-4"))) == (
         "SIGTERM: stopped; all is saved in out/checkpoint-4"
     )
+
+
+def test_adapters_go_on_bit_for_bit_without_the_frozen_layers(tiny, tmp_path):
+    words = [*tiny, "--use_peft", "true", "--max_steps", "4", "--eval_steps", "0"]
+    run.run(parse_config([*words, "--output_dir", str(tmp_path / "a")]))
+    where = ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-3")]
+    run.run(parse_config([*words, "--output_dir", str(tmp_path / "b"), *where]))
+    a, b = (load_file(tmp_path / x / "model" / "adapter_model.safetensors") for x in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    names = FileSystemReader(tmp_path / "a" / "checkpoint-3" / "weights").read_metadata()
+    weights = [name for name in names.state_dict_metadata if name.startswith("model.")]
+    layers = [name for name in weights if ".layers." in name]
+    assert layers and all("lora_" in name for name in layers)
