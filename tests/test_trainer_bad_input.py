@@ -91,6 +91,10 @@ BAD = [
     ),
     (fields, {"max_length": 4}, "max_length: expected an integer >= 8, got 4"),
     (fields, {"warmup_ratio": 1.5}, "warmup_ratio: expected a number in [0, 1], got 1.5"),
+    (fields, {"min_lr_rate": 1}, "min_lr_rate: expected a number in [0, 1), got 1.0"),
+    (fields, {"adam_beta1": 1}, "adam_beta1: expected a number in [0, 1), got 1.0"),
+    (fields, {"adam_beta2": -0.1}, "adam_beta2: expected a number in [0, 1), got -0.1"),
+    (fields, {"adam_epsilon": 0}, "adam_epsilon: expected a number > 0, got 0.0"),
     (fields, {"weight_decay": -0.1}, "weight_decay: expected a number >= 0"),
     (fields, {"max_grad_norm": -1}, "max_grad_norm: expected a number >= 0"),
     (fields, {"seed": -1}, "seed: expected an integer in [0, 2^32), got -1"),
@@ -197,6 +201,11 @@ BAD = [
         fields,
         {"model_dtype": "bfloat16"},
         "model_dtype: expected float32 with dtype float32, got bfloat16",
+    ),
+    (
+        fields,
+        {"min_lr_rate": 0.1, "lr_scheduler_type": "linear"},
+        "min_lr_rate: expected 0 with lr_scheduler_type linear, as only cosine ends there, got 0.1",
     ),
     # What the loss, the reference and the model refuse before anything is loaded.
     (before_start, {"loss_type": "dpo"}, "loss_type: expected one of"),
