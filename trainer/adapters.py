@@ -102,6 +102,8 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     adapted = next((m for m in model.modules() if isinstance(m, PeftModel)), None)
     training = model.training
     model.eval()
-    with contextlib.nullcontext() if adapted is None else adapted.disable_adapter():
-        yield
-    model.train(training)
+    try:
+        with contextlib.nullcontext() if adapted is None else adapted.disable_adapter():
+            yield
+    finally:
+        model.train(training)
