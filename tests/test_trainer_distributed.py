@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from distributed_worker import STEPS, gradients
 from safetensors.torch import load_file
 from torch import nn
-from trainer_tiny import record, save_tiny, write_jsonl
+from trainer_tiny import record, save_tiny, tiny_config, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from trainer import distributed, run
@@ -106,6 +106,8 @@ def test_fsdp_that_is_asked_for_but_not_active_is_an_error(launched, monkeypatch
         with monkeypatch.context() as context, pytest.raises(InputError, match=message):
             context.setenv(variable, value)
             run.run(parse_config(words))
+    with pytest.raises(InputError, match="use_peft: expected false with FSDP"):
+        run.run(parse_config([*words, "--use_peft"]))
     with pytest.raises(InputError, match="weight is not sharded"):
         distributed.check_sharded(nn.Linear(2, 2))
 
@@ -121,7 +123,7 @@ def test_what_accelerate_makes_of_the_configs(monkeypatch, name, sharded):
     environment = prepare_multi_gpu_env(args) | {"WORLD_SIZE": "8"}
     for variable in environment.keys() - before.keys():
         monkeypatch.setenv(variable, environment[variable])
-    assert distributed.take_request() == sharded
+    assert distributed.take_request(tiny_config()) == sharded
     assert distributed.REQUEST not in os.environ
 
 

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from trainer.config import InputError
+from trainer.config import InputError, RunConfig
 from trainer.model import PreferenceModel
 
 REQUEST = "ACCELERATE_USE_FSDP"
@@ -39,7 +39,7 @@ SETTINGS = {
 }
 
 
-def take_request() -> bool:
+def take_request(config: RunConfig) -> bool:
     """Whether sharding is asked for; accelerate is then not told, as it must not shard as well.
 
     Raises:
@@ -51,6 +51,8 @@ def take_request() -> bool:
         got = os.environ.get(variable, value).lower()
         if got != value:
             raise InputError(f"{setting}: expected {value}, got {got}; set it in fsdp_config")
+    if config.use_peft:
+        raise InputError("use_peft: expected false with FSDP; use trainer/accelerate/ddp.yaml")
     if "WORLD_SIZE" not in os.environ:
         raise InputError(
             "FSDP is asked for, but this is a single process without a process group; start "

@@ -57,7 +57,7 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     """Run a config from files to a saved model; returns the rows of `metrics.jsonl`."""
     started = time.perf_counter()
     report.check_trackers(config)
-    sharded = distributed.take_request()
+    sharded = distributed.take_request(config)
     accelerator = start(config)
 
     resumed = None
