@@ -1,5 +1,8 @@
 """Evaluate trained models.
 
+python -m trainer.evaluate score ... --output_dir DIR          rewards and KL on held-out pairs
+python -m trainer.evaluate generate ... --output_dir DIR       answers of models to a prompt file
+python -m trainer.evaluate judge ... --output_dir DIR          answers of models into judgments
 python -m trainer.evaluate winrate FILE... --output_dir DIR    judgments into a table of win rates
 python -m trainer.evaluate COMMAND --help                      every option
 """
@@ -10,6 +13,39 @@ import argparse
 import sys
 
 from trainer.config import InputError
+
+
+def run_score(args: argparse.Namespace) -> None:
+    """`score`."""
+    from trainer.evaluation.score import score, to_text
+
+    options = vars(args) | {"models": _assignments("models", args.models)}
+    print(to_text(score(**options)))
+    print(f"written: {args.output_dir}/scores.json, scores.jsonl")
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """`generate`."""
+    from trainer.evaluation.generate import Sampling, generate
+
+    options = vars(args)
+    models = _assignments("models", options.pop("models"))
+    files = {name: options.pop(name) for name in ("prompts", "output_dir")}
+    for path in generate(**files, models=models, sampling=Sampling(**options)):
+        print(f"written: {path}")
+
+
+def run_judge(args: argparse.Namespace) -> None:
+    """`judge`."""
+    try:
+        from trainer.evaluation.judge import Judge, judge, to_text
+    except ImportError as error:
+        raise InputError(f"{error}; run: pip install openai") from None
+
+    options = vars(args)
+    files = {name: options.pop(name) for name in ("prompts", "answers", "output_dir")}
+    options["price"] = options["price"] and tuple(options["price"])
+    print(to_text(judge(**files, by=Judge(**options)), files["output_dir"]))
 
 
 def run_winrate(args: argparse.Namespace) -> None:
@@ -28,6 +64,67 @@ def _assignments(option: str, words: list[str]) -> dict[str, str]:
         if not key or not value:
             raise InputError(f"{option}: expected A=B, got {word!r}")
     return {key: value for key, _, value in pairs}
+
+
+MODELS = "folders or hub ids, or package:NAME; /FILE.gguf may follow"
+
+
+def _score_options(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("score", help="rewards and KL on held-out pairs")
+    parser.set_defaults(run=run_score)
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, metavar="FILE", help="preference pairs")
+    add("--models", nargs="+", required=True, metavar="NAME=PATH", help=MODELS)
+    add("--reference", required=True, metavar="PATH", help="the model that training started from")
+    add("--output_dir", required=True, metavar="DIR", help="where scores.json, .jsonl go")
+    add("--beta", type=float, default=0.1, help="scales the rewards, as in training [0.1]")
+    add("--max_length", type=int, default=1024, help="most tokens of a sequence [1024]")
+    add("--batch_size", type=int, default=4, help="pairs in one forward pass [4]")
+    add("--kl_prompts", type=int, default=32, help="prompts for the KL; 0 leaves it out [32]")
+    add("--kl_tokens", type=int, default=128, help="length of its sampled answers [128]")
+    add("--seed", type=int, default=0, help="of these samples [0]")
+
+
+def _generate_options(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("generate", help="answers of models to a prompt file")
+    parser.set_defaults(run=run_generate)
+    add = parser.add_argument
+    add("--prompts", required=True, metavar="FILE", help="prompts: the trainer's or FastChat's")
+    add("--models", nargs="+", required=True, metavar="NAME=PATH", help=MODELS)
+    add("--output_dir", required=True, metavar="DIR", help="where NAME.jsonl go, or are continued")
+    add("--max_new_tokens", type=int, default=1024, help="where an answer is cut [1024]")
+    add("--temperature", type=float, default=0.0, help="0 is greedy [0]")
+    add("--top_p", type=float, default=1.0, help="probability mass that is drawn from [1]")
+    add("--seed", type=int, default=0, help="of the random draws [0]")
+    add("--batch_size", type=int, default=8, help="prompts answered at once [8]")
+
+
+def _judge_options(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("judge", help="answers into judgments, by an endpoint")
+    parser.set_defaults(run=run_judge)
+    add = parser.add_argument
+    add("--prompts", required=True, metavar="FILE", help="the prompts that were answered")
+    add(
+        "--answers",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="answers of two or more models, as `generate` and FastChat write them",
+    )
+    add(
+        "--output_dir",
+        required=True,
+        metavar="DIR",
+        help="where judgments.jsonl, judge.json and cache.jsonl go; holds a killed run's state",
+    )
+    add("--base_url", required=True, metavar="URL", help="OpenAI-compatible endpoint, with /v1")
+    add("--model", required=True, metavar="NAME", help="the judge's name at the endpoint")
+    add("--max_tokens", type=int, default=1024, help="most tokens of a judgment [1024]")
+    add("--concurrency", type=int, default=4, help="requests under way at once [4]")
+    add("--max_retries", type=int, default=6, help="further attempts, with backoff [6]")
+    add("--timeout", type=float, default=300.0, help="seconds to wait for a response [300]")
+    add("--price", type=float, nargs=2, metavar=("IN", "OUT"),
+        help="US dollars per million prompt and per million completion tokens")  # fmt: skip
 
 
 def _winrate_options(commands: argparse._SubParsersAction) -> None:
@@ -53,6 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _score_options(commands)
+    _generate_options(commands)
+    _judge_options(commands)
     _winrate_options(commands)
     args = parser.parse_args(argv)
     run = vars(args).pop("run")

@@ -11,7 +11,7 @@ Single, one line per question, turn and model; two models are compared wherever 
 
 A pairwise judgment is a win only where both orders name the same model, else a tie. This is
 FastChat's rule and the paper's. What the judge did not answer in a readable way (winner `error`,
-score -1) is counted as malformed, and is no comparison; FastChat may count it as a tie.
+score -1) is counted as malformed and left out, as FastChat does.
 """
 
 from __future__ import annotations

@@ -42,6 +42,35 @@ def read_jsonl(name: str, *fields: str) -> list[tuple[str, dict]]:
     return rows
 
 
+class JsonlLog:
+    """A file that grows line by line, and whose lines survive a kill.
+
+    `rows` are those that are there; a torn last line, which a kill may leave, is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there, and open the file to append to it."""
+        content = path.read_bytes() if path.exists() else b""
+        whole = content.rfind(b"\n") + 1
+        try:
+            self.rows = [json.loads(line) for line in content[:whole].splitlines()]
+        except ValueError as error:
+            raise InputError(f"{path}: damaged ({error}); remove it to start anew") from None
+        self.file = path.open("ab")
+        self.file.truncate(whole)
+
+    def append(self, rows: list[dict]) -> None:
+        """Write rows, in one piece."""
+        self.file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        self.file.flush()
+
+    def __enter__(self) -> JsonlLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` so that a human can read it, replacing the file in one go."""
     replace_text(path, json.dumps(value, indent=2) + "\n")

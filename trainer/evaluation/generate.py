@@ -1,0 +1,152 @@
+"""Answers of models to a prompt file, in batches; a killed run goes on where it stopped.
+
+Batches are cut from the prompt file in order, and each has a seed of its own. So a run that was
+interrupted gives the very answers that it would have given in one go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.config import InputError
+from trainer.evaluation.models import Source, named_sources, open_model, sample
+from trainer.evaluation.prompts import Prompt, read_prompts
+from trainer.evaluation.records import JsonlLog, open_folder
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn."""
+
+    max_new_tokens: int = 1024
+    """Where an answer is cut."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Share of the probability mass that is drawn from."""
+    seed: int = 0
+    """Of the random draws."""
+    batch_size: int = 8
+    """Prompts answered at once; belongs to the draws, because a batch shares its seed."""
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        for field in ("max_new_tokens", "batch_size"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field}: expected >= 1, got {getattr(self, field)}")
+        if self.temperature < 0:
+            raise InputError(f"temperature: expected a number >= 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+
+
+def generate(
+    prompts: str, models: dict[str, str], output_dir: str, sampling: Sampling
+) -> list[Path]:
+    """Write `NAME.jsonl` with the answers of every model, in FastChat's format.
+
+    Args:
+        prompts: prompt file, see `prompts`.
+        models: paths by name.
+        output_dir: where the answer files go, and are continued.
+        sampling: how answers are drawn.
+
+    Returns:
+        The answer files.
+
+    Raises:
+        InputError: unusable prompts or models, or answers in the folder that were drawn otherwise.
+    """
+    todo, sources, folder = read_prompts(prompts), named_sources(models), open_folder(output_dir)
+    paths = []
+    for name, source in sources.items():
+        paths.append(folder / f"{name}.jsonl")
+        with JsonlLog(paths[-1]) as log:
+            answer_all(log, name, source, todo, sampling, prompts)
+    return paths
+
+
+def settings(source: Source, prompts: list[Prompt], sampling: Sampling) -> str:
+    """A hash of everything that answers depend on."""
+    parts = [source.path, source.state(), [asdict(p) for p in prompts], asdict(sampling)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def answer_all(
+    log: JsonlLog, name: str, source: Source, prompts: list[Prompt], sampling: Sampling, file: str
+) -> None:
+    """Append the answers that the log lacks; the model is loaded only if there are any."""
+    digest = settings(source, prompts, sampling)
+    if any(row.get("settings") != digest for row in log.rows):
+        raise InputError(
+            f"{name}.jsonl: holds answers of another model, prompts or sampling; "
+            "remove it or choose another output_dir"
+        )
+    done = {row["question_id"] for row in log.rows}
+    size = sampling.batch_size
+    starts = [s for s in range(0, len(prompts), size)
+              if not {p.question for p in prompts[s : s + size]} <= done]  # fmt: skip
+    if not starts:
+        return
+    model, tokenizer = open_model(source, file)
+    for start in tqdm(starts, f"generating {name}", dynamic_ncols=True):
+        batch = prompts[start : start + size]
+        torch.manual_seed(sampling.seed * 1_000_003 + start)
+        answers = answer(model, tokenizer, batch, sampling)
+        log.append(
+            [
+                {
+                    "question_id": prompt.question,
+                    "model_id": name,
+                    "choices": [{"index": 0, "turns": turns}],
+                    "settings": digest,
+                }
+                for prompt, turns in zip(batch, answers, strict=True)
+                if prompt.question not in done
+            ]
+        )
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[Prompt],
+    sampling: Sampling,
+) -> list[list[str]]:
+    """The answers to every turn of a batch of prompts, turn after turn."""
+    answers: list[list[str]] = [[] for _ in batch]
+    for turn in range(1 + max(len(prompt.follow_ups) for prompt in batch)):
+        active = [k for k, prompt in enumerate(batch) if turn <= len(prompt.follow_ups)]
+        texts = sample(
+            model,
+            tokenizer,
+            [prompt_ids(tokenizer, batch[k], answers[k]) for k in active],
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
+        for k, ids in zip(active, texts, strict=True):
+            answers[k].append(tokenizer.decode(ids, skip_special_tokens=True).strip())
+    return answers
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answers: list[str]) -> list[int]:
+    """Token ids that the next answer follows: text as it is, messages by the chat template."""
+    if isinstance(prompt.start, str):
+        ids = tokenizer(prompt.start)["input_ids"]
+        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"question {prompt.question!r}: chat messages, but the model's tokenizer has no chat "
+            "template; give the prompt as a string"
+        )
+    return tokenizer.apply_chat_template(
+        prompt.messages(answers), add_generation_prompt=True, return_dict=False
+    )

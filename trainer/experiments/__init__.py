@@ -1,0 +1,1 @@
+"""Controlled experiments: why the SFT term is there, and what it does."""
