@@ -48,6 +48,7 @@ def prepare(folder: Path, steps: int, smoke: bool) -> None:
     config = parse_config([])  # the default recipe's model
     place = locate_model(config)
     tokenizer = load_tokenizer(place, config.gguf_file)
+    tokenizer.chat_template = end_at_end_token(tokenizer.chat_template)
     if smoke:
         import transformers
 
@@ -74,6 +75,17 @@ def prepare(folder: Path, steps: int, smoke: bool) -> None:
     for name, indices in (("ours", range(len(rows))), ("trl", order)):
         lines = [json.dumps(rows[i]) + "\n" for i in indices]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def end_at_end_token(template: str) -> str:
+    """SmolLM2's chat template without the line feed behind the last answer.
+
+    TRL trains on it as on a token of the answer; our trainer ends an answer at its end token.
+    """
+    old, new = "'<|im_end|>' + '\n'}}", "'<|im_end|>' + ('' if loop.last and answer else '\n')}}"
+    if template.count(old) != 1:
+        raise ValueError(f"chat template: expected {old} once in {template}")
+    return template.replace(old, new.replace("answer", "message['role'] == 'assistant'"))
 
 
 def run_ours(name: str, dtype: str, folder: Path, threads: int) -> tuple[list[float], list[float]]:

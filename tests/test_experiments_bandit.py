@@ -1,6 +1,9 @@
 """The controlled experiment, reduced: the claim, the maximin problem, the report."""
 
 import json
+import runpy
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -87,6 +90,17 @@ def test_report(tmp_path, outcome):
     assert len(written["settings"]) == 6 and len(written["claims"]) == 2
     for name in ("bandit.png", "bandit_sweep.png"):
         assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    """The whole sweep as the command runs it, cut short."""
+    words = ["bandit", "--seeds", "6", "--steps", "3", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # it is imported already
+        runpy.run_module("trainer.experiments.bandit", run_name="__main__")
+    assert "Bonferroni" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "bandit.json").read_text())["settings"]) == 90
 
 
 def test_eta_is_chosen_on_other_seeds_than_those_tested(outcome):

@@ -30,7 +30,7 @@ K, HIDDEN, PAIRS = 100, 24, 300
 PEAK, TOP, END = 0.6, 4.0, -4.0  # where the true reward is highest, its height, its value at x = 1
 LEARNING_RATE, STEPS = 0.02, 600
 BETAS = (0.1, 0.3, 1.0)
-ETAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+ETAS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 COVERAGES = (0.4, 0.6, 1.0)
 
 
@@ -165,9 +165,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="DPO against RPO where the true reward is known.")
     parser.add_argument("--output_dir", default="outputs/bandit", help="[outputs/bandit]")
     parser.add_argument("--seeds", type=int, default=30, help="the first third choose eta [30]")
+    parser.add_argument("--first_seed", type=int, default=2000, help="they are consecutive [2000]")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"Adam steps [{STEPS}]")
     args = parser.parse_args()
-    settings, seeds = sweep(), list(range(args.seeds))
+    if args.seeds < 6:
+        parser.error(f"--seeds: expected at least 6, two to choose eta by, got {args.seeds}")
+    seeds = list(range(args.first_seed, args.first_seed + args.seeds))
+    settings = sweep()
     print(report(settings, seeds, train(settings, seeds, args.steps), args.output_dir))
 
 

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student
@@ -115,6 +114,7 @@ def to_text(claims: list[dict]) -> str:
             f"{c['rpo_true_reward']:>12.2f}{c['dpo_uncovered']:>16.1%}{c['rpo_uncovered']:>7.1%}"
             f"{c['rpo_higher_on']:>9}/{c['test_seeds']}{c['p_value']:>10.1e}"
         )
+    lines.append(f"{len(claims)} tests: at 5 % after Bonferroni, p < {0.05 / len(claims):.1e}")
     return "\n".join(lines)
 
 
@@ -129,7 +129,7 @@ def plot_headline(
     x = grid().numpy()
     rewards.plot(x, true_reward(), "k", lw=2, label="true reward")
     for color, (name, eta) in zip(("C3", "C0"), pair.items(), strict=True):
-        k = settings.index(Setting(beta, eta, coverage))
+        k = [(s.beta, s.eta, s.coverage) for s in settings].index((beta, eta, coverage))
         rows = slice(k * n, (k + 1) * n)
         logps = out.log_policy[rows].double()
         draw_band(policies, x, logps.exp().T.numpy(), color, name)
@@ -192,6 +192,5 @@ def plot_sweep(
         if column == 0:
             axes.set_ylabel(names[metric])
             axes.legend(fontsize="small")
-    best = torch.tensor([c["best_eta"] for c in claims]).median()
-    figure.suptitle(f"dots: best η and those within one standard error (median best: {best:g})")
+    figure.suptitle("dots: best η and those within one standard error")
     figure.savefig(path, dpi=110)
