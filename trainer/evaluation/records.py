@@ -76,6 +76,11 @@ def write_json(path: Path, value: object) -> None:
     replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write JSON lines, replacing the file in one go."""
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a file in one go: a killed run leaves the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
