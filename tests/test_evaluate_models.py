@@ -12,9 +12,9 @@ from trainer.config import InputError
 from trainer.encoding import IGNORE
 from trainer.evaluate import main
 from trainer.evaluation.generate import Sampling, generate
-from trainer.evaluation.models import sample
 from trainer.evaluation.prompts import read_prompts
-from trainer.evaluation.score import draw_pairs, first_prompts, kl_estimate, score
+from trainer.evaluation.score import draw_pairs, kl_estimate, score
+from trainer.samples import first_prompts, sample
 
 SCORE = {
     "beta": 0.5,
@@ -82,7 +82,7 @@ def test_kl_is_that_of_the_models(folders):
     reference, policy = (
         AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in folders
     )
-    prompt = first_prompts(tiny_split(1).pairs, 1)[0]
+    prompt = next(iter(first_prompts(tiny_split(1).pairs, 1)))
     pairs = draw_pairs(policy, tiny_tokenizer(), [prompt] * 2000, 1, 1000, "policy")
     with torch.no_grad():
         p, q = (m(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)

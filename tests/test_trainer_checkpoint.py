@@ -49,15 +49,18 @@ def tiny(tmp_path_factory):
         "logging_steps": 2,
         "save_steps": 3,
         "save_total_limit": 2,
+        "sample_prompts": 2,
+        "max_new_tokens": 6,
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     return ["--config", str(folder / "tiny.yaml"), "--ref_cache_dir", str(folder / "cache")]
 
 
 def outcome(folder):
-    """The metrics without timing fields, and the final weights."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rows = [{k: v for k, v in json.loads(x).items() if k not in TIMINGS} for x in lines]
+    """The metrics without timing fields and the samples, and the final weights."""
+    files = (folder / "metrics.jsonl", folder / "samples.jsonl")
+    lines = [json.loads(x) for file in files for x in file.read_text().splitlines()]
+    rows = [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
     return rows, load_file(folder / "model" / "model.safetensors")
 
 

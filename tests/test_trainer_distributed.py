@@ -39,6 +39,8 @@ def launched(tmp_path_factory):
         "learning_rate": 1e-3,
         "cpu_threads": 1,
         "save_steps": 2,
+        "sample_prompts": 3,
+        "max_new_tokens": 6,
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     words = ["--config", str(folder / "tiny.yaml")]
@@ -63,8 +65,8 @@ def test_a_step_on_two_processes_is_the_step_on_one(launched, mode, step):
         assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-def read(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+def read(folder, name="metrics"):
+    lines = (folder / f"{name}.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(x).items() if k not in TIMINGS} for x in lines]
 
 
@@ -84,11 +86,14 @@ def test_a_sharded_run_is_the_run_of_one_process(launched, tmp_path):
     assert wanted.keys() == found.keys()
     assert all(wanted[name].shape == found[name].shape for name in wanted)
     AutoModelForCausalLM.from_pretrained(folder / "a" / "model")
+    one, two = (read(path, "samples") for path in (tmp_path / "one", folder / "a"))
+    assert [row["step"] for row in two] == [0, 0, 0, 3, 3, 3] and two[:3] == one[:3]
 
 
 def test_a_sharded_run_goes_on_from_its_checkpoint_bit_for_bit(launched):
     folder, _ = launched
     assert read(folder / "b") == read(folder / "a")
+    assert read(folder / "b", "samples") == read(folder / "a", "samples")
     a, b = (load_file(folder / name / "model" / "model.safetensors") for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a | b)
 

@@ -231,6 +231,8 @@ def test_two_processes_train_as_one(finished, tiny, tmp_path):
         1,
         "--eval_steps",
         4,
+        "--sample_prompts",
+        2,
         "--output_dir",
         tmp_path / "out",
     ]
@@ -241,6 +243,8 @@ def test_two_processes_train_as_one(finished, tiny, tmp_path):
     for a, b in zip(one[:3], two[:3], strict=True):  # later steps add up rounding
         assert b == pytest.approx(a, rel=1e-5, abs=1e-5)
     assert two[-1] == pytest.approx(one[-1], rel=1e-2, abs=1e-3)
+    samples = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [0, 0, 4, 4, 6, 6]
 
 
 @pytest.mark.skipif(

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi
 
 from trainer.config import RunConfig
-from trainer.report import PLOT_FILE, say, summary
+from trainer.report import PLOT_FILE, SHOWN, say, summary
 
 
-def write_card(config: RunConfig, rows: list[dict[str, float]], folder: Path) -> None:
+def write_card(
+    config: RunConfig, rows: list[dict[str, float]], samples: list[dict], folder: Path
+) -> None:
     """Write README.md and the plot beside the saved model.
 
     Args:
         config: the run, given as a recipe that repeats it.
         rows: its metrics.
+        samples: its rows of `samples.jsonl`.
         folder: the model folder, in the output folder that holds the plot.
     """
     name = config.model_name_or_path
@@ -35,10 +39,26 @@ def write_card(config: RunConfig, rows: list[dict[str, float]], folder: Path) ->
         "([arXiv 2405.16436](https://arxiv.org/abs/2405.16436)) with rpo_kernels.",
         f"![log-probs, rewards and loss over the steps]({PLOT_FILE})",
         f"## Held-out pairs\n\n```text\n{table}\n```" if table else "",
+        show_samples(samples),
         f"## Recipe\n\n```yaml\n{config.to_yaml()}```",
     )
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def show_samples(samples: list[dict]) -> str:
+    """A section with the first and the last answers to a few prompts, empty without answers."""
+    if not samples:
+        return ""
+    parts = ["## Samples"]
+    for prompt in list(dict.fromkeys(row["prompt"] for row in samples))[:SHOWN]:
+        rows = [row for row in samples if row["prompt"] == prompt]
+        lines = [("prompt", prompt)]
+        lines += [(f"step {row['step']}", row["answer"]) for row in (rows[0], rows[-1])]
+        lines += [("chosen", rows[-1]["chosen"])]
+        text = "\n".join(f"{name}: {text}" for name, text in lines)
+        parts.append(textwrap.indent(text, "    ", lambda line: True))  # code, whatever is in it
+    return "\n\n".join(parts)
 
 
 def push(config: RunConfig, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
     output_dir/checkpoint-12/
-        progress.json    step, rows of metrics so far, steps not yet in a row, fingerprint
+        progress.json    step, rows of metrics and samples so far, steps not yet in a row,
+                         fingerprint
         weights/         model and optimizer; every rank writes its part, any number can read them
         rank-0.pt, ...   learning-rate schedule and random states of each process
 
@@ -47,7 +48,7 @@ FREE = frozenset(
     (
         "train_file", "eval_file", "on_bad_row", "per_device_train_batch_size",
         "per_device_eval_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch",
-        "ref_cache_dir", "cpu_threads", "output_dir",
+        "ref_cache_dir", "cpu_threads", "sample_prompts", "max_new_tokens", "output_dir",
         "overwrite_output_dir", "report_to", "save_steps", "save_total_limit",
         "resume_from_checkpoint", "push_to_hub", "hub_model_id",
     )
@@ -79,7 +80,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
 
 
 def read_progress(folder: Path) -> dict[str, object]:
-    """`step`, `rows`, `window` and `fingerprint` of a checkpoint."""
+    """`step`, `rows`, `samples`, `window` and `fingerprint` of a checkpoint."""
     return json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
 
 
@@ -129,6 +130,7 @@ def save(
         progress = {
             "step": training.step,
             "rows": training.log.rows,
+            "samples": training.log.samples,
             "window": training.window,
             "fingerprint": fingerprint,
         }

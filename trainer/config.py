@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "trainer" / "recipes" / "smollm2-cpu.yaml"
 DATA = (
     "train_file", "eval_file", "dataset_name", "dataset_config", "dataset_train_split",
-    "dataset_test_split", "train_weights", "eval_split_ratio",
+    "dataset_test_split", "train_weights", "eval_split_ratio", "sample_prompts",
 )  # fmt: skip
 # Overriding the first on the command line drops what the recipe says of the old one.
 DESCRIBED_BY = {
@@ -177,6 +177,10 @@ class RunConfig:
     """Steps between two rows of `metrics.jsonl`, which are means over these steps."""
     eval_steps: int = 0
     """Steps between evaluations; 0 evaluates before and after training only."""
+    sample_prompts: int = 0
+    """Prompts of held-out pairs that are answered, greedily, at every evaluation; 0 is none."""
+    max_new_tokens: int = 64
+    """Most tokens of such an answer."""
     report_to: tuple[str, ...] = ()
     """Trackers beside `metrics.jsonl`: any of `tensorboard`, `wandb`, `trackio`."""
     save_steps: int = 0
@@ -251,6 +255,8 @@ _RANGES = {
     "cpu_threads": ("an integer >= 0", lambda x: x >= 0),
     "logging_steps": ("an integer >= 1", lambda x: x >= 1),
     "eval_steps": ("an integer >= 0", lambda x: x >= 0),
+    "sample_prompts": ("an integer >= 0", lambda x: x >= 0),
+    "max_new_tokens": ("an integer >= 1", lambda x: x >= 1),
     "report_to": (
         f"some of {', '.join(TRACKERS)}",
         lambda x: len({*x}) == len(x) and {*x} <= {*TRACKERS},
@@ -274,6 +280,10 @@ _IMPOSSIBLE: dict[str, typing.Callable[[RunConfig], bool]] = {
     "eval_split_ratio: expected 0 where eval_file or dataset_test_split holds the evaluation's "
     "pairs, got {eval_split_ratio}": lambda c: (
         c.eval_split_ratio > 0 and bool(c.eval_file or c.dataset_test_split)
+    ),
+    "sample_prompts: expected 0 without held-out pairs, got {sample_prompts}; give eval_file, "
+    "dataset_test_split or eval_split_ratio": lambda c: (
+        c.sample_prompts > 0 and not (c.eval_file or c.dataset_test_split or c.eval_split_ratio)
     ),
     "ref_model_name_or_path: expected null with reference {reference}, got "
     "{ref_model_name_or_path}": lambda c: (

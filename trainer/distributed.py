@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from trainer.config import InputError, RunConfig
@@ -79,6 +79,7 @@ def shard(model: PreferenceModel, accelerator: Accelerator) -> nn.Module:
         if type(module).__name__ in units:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "answer")  # gathers weights as forward does
     check_sharded(model)
     return accelerator.prepare_model(model, evaluation_mode=True)  # autocast, and no DDP
 

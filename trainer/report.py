@@ -1,4 +1,4 @@
-"""What a run tells: progress bars, `metrics.jsonl`, plot, summary; only the main process speaks."""
+"""What a run tells: progress, metrics, samples, plot, summary; only the main process speaks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from trainer.config import InputError, RunConfig
 
-METRICS_FILE, CONFIG_FILE, DATA_FILE, PLOT_FILE, MODEL_FOLDER = (
-    "metrics.jsonl", "config.yaml", "data_report.json", "logps.png", "model"
+METRICS_FILE, SAMPLES_FILE, CONFIG_FILE, DATA_FILE, PLOT_FILE, MODEL_FOLDER = (
+    "metrics.jsonl", "samples.jsonl", "config.yaml", "data_report.json", "logps.png", "model"
 )  # fmt: skip
+SHOWN = 3  # samples on the console at each evaluation, and in the model card
 
 PROJECT = "rpo_kernels"  # what trackers call the place of all runs
 
@@ -46,14 +47,21 @@ class RunLog:
         self,
         config: RunConfig,
         data_report: dict[str, object],
-        rows: list[dict[str, float]],
+        earlier: dict[str, list[dict]],
         accelerator: Accelerator,
     ) -> None:
-        """Open the folder and write `rows`, a resumed run's; only the main process writes."""
+        """Open the folder; only the main process writes.
+
+        Args:
+            config: of the run.
+            data_report: what became of the rows of each split.
+            earlier: `rows` and `samples` of a resumed run, which are written again.
+            accelerator: gives the trackers.
+        """
         self.accelerator = accelerator
         self.folder = Path(config.output_dir)
-        self.rows: list[dict[str, float]] = []
-        self.file = None
+        self.rows: list[dict[str, float]] = earlier.get("rows", [])
+        self.samples: list[dict[str, object]] = earlier.get("samples", [])
         for name, counts in data_report.items():
             say(f"{name:<5} {', '.join(f'{key} {value}' for key, value in counts.items())}")
         if PartialState().is_main_process:
@@ -62,9 +70,10 @@ class RunLog:
             (self.folder / DATA_FILE).write_text(
                 json.dumps(data_report, indent=2) + "\n", encoding="utf-8"
             )
-            self.file = (self.folder / METRICS_FILE).open("w", encoding="utf-8")
-        for row in rows:
-            self._append(row)
+            for name in (METRICS_FILE, SAMPLES_FILE):
+                (self.folder / name).unlink(missing_ok=True)
+        self._append(METRICS_FILE, self.rows)
+        self._append(SAMPLES_FILE, self.samples)
         if config.report_to:
             values = dataclasses.asdict(config)
             simple = {k: v if isinstance(v, int | float) else str(v) for k, v in values.items()}
@@ -72,15 +81,24 @@ class RunLog:
 
     def write(self, row: dict[str, float]) -> None:
         """Append one row, here and in the trackers."""
-        self._append(row)
+        self.rows.append(row)
+        self._append(METRICS_FILE, [row])
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
-    def _append(self, row: dict[str, float]) -> None:
-        """Append and flush, so that an interrupted run keeps what it measured."""
-        self.rows.append(row)
-        if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+    def write_samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Append an evaluation's samples, and show a few."""
+        rows = [{"step": step} | row for row in samples]
+        self.samples += rows
+        self._append(SAMPLES_FILE, rows)
+        for row in rows[:SHOWN]:
+            prompt, answer = (" ".join(row[name].split()) for name in ("prompt", "answer"))
+            say(f"step {step}, sample: ...{prompt[-60:]} => {answer[:100]}")
+
+    def _append(self, name: str, rows: list[dict]) -> None:
+        """Append at once, so that an interrupted run keeps what it measured."""
+        if rows and PartialState().is_main_process:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
     @property
     def model_folder(self) -> Path:
@@ -88,9 +106,8 @@ class RunLog:
         return self.folder / MODEL_FOLDER
 
     def finish(self, seconds: float) -> None:
-        """Draw the plot, close the file, and print what changed."""
-        if self.file:
-            self.file.close()
+        """Draw the plot, and print what changed."""
+        if PartialState().is_main_process:
             plot_run(self.rows, self.folder / PLOT_FILE)
         for tracker in self.accelerator.trackers:
             tracker.finish()

@@ -48,6 +48,7 @@ from trainer.model import (
 )
 from trainer.packing import Step, plan_training, regroup, share_prefixes
 from trainer.reference import Reference, check_reference
+from trainer.samples import take_samples
 from trainer.sources import read_splits
 from trainer.stop import Stopped
 from trainer.truncation import Limits
@@ -82,10 +83,10 @@ def run(config: RunConfig) -> list[dict[str, float]]:
         preview.show(config, source, tokenizer, splits, plans)
         return []
     fingerprint = checkpoint.fingerprint(config, splits, plans["train"])
-    earlier = []
+    earlier: dict[str, list[dict]] = {}
     if resumed:
         checkpoint.check_fingerprint(resumed, fingerprint)
-        earlier = checkpoint.read_progress(resumed)["rows"]
+        earlier = checkpoint.read_progress(resumed)
     reports = {name: split.report for name, split in splits.items()}
     log = report.RunLog(config, reports, earlier, accelerator)
     if accelerator.is_main_process:
@@ -112,6 +113,9 @@ def run(config: RunConfig) -> list[dict[str, float]]:
         if "eval" in splits:
             values = evaluate(model, splits["eval"], plans["eval"][0], accelerator)
             log.write({"step": training.step} | values)
+            if config.sample_prompts:
+                answers = take_samples(model, tokenizer, splits["eval"], config, accelerator)
+                log.write_samples(training.step, answers)
 
     def save_now() -> Path:
         limit = config.save_total_limit
@@ -130,7 +134,7 @@ def run(config: RunConfig) -> list[dict[str, float]]:
         save_model(accelerator.unwrap_model(model).model, tokenizer, log.model_folder, weights)
     log.finish(time.perf_counter() - started)
     if accelerator.is_main_process:
-        card.write_card(config, log.rows, log.model_folder)
+        card.write_card(config, log.rows, log.samples, log.model_folder)
         if config.push_to_hub:
             card.push(config, log.model_folder)
     accelerator.wait_for_everyone()

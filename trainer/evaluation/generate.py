@@ -16,9 +16,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config import InputError
-from trainer.evaluation.models import Source, named_sources, open_model, sample
+from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.prompts import Prompt, read_prompts
 from trainer.evaluation.records import JsonlLog, open_folder
+from trainer.samples import sample
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Models to evaluate, loaded as the trainer loads them, and sampling from them."""
+"""Models to evaluate, loaded as the trainer loads them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config import InputError, RunConfig
 from trainer.model import load_model, load_tokenizer, locate_model
@@ -60,49 +60,3 @@ def named_sources(models: dict[str, str]) -> dict[str, Source]:
     if not models:
         raise InputError("models: expected NAME=PATH, got nothing")
     return {name: Source(path) for name, path in models.items()}
-
-
-@torch.inference_mode()
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-) -> list[list[int]]:
-    """Continue a batch of prompts; the model's own sampling defaults are not used.
-
-    Args:
-        model: the policy.
-        tokenizer: gives the end token, beside those of the model.
-        prompts: B lists of token ids.
-        max_new_tokens: where an answer is cut.
-        temperature: 0 is greedy; 1 with `top_p` 1 draws from the model's own distribution.
-        top_p: share of the probability mass that is drawn from.
-
-    Returns:
-        B lists of new token ids, each with its end token, if it came.
-    """
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    pad = next(iter(ends), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
-    seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=pad)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=seen.to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        **drawn,
-    )
-    return [_until_end(row, ends) for row in output[:, longest:].tolist()]
-
-
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    stop = next((k + 1 for k, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:stop]

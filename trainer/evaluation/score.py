@@ -24,10 +24,11 @@ from rpo_kernels import linear_logprobs
 from trainer.config import InputError
 from trainer.data import BadRow, BadRows
 from trainer.encoding import IGNORE, Encoder, Pair, Sequence
-from trainer.evaluation.models import Source, named_sources, open_model, sample
+from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.records import open_folder, replace_text, write_json
 from trainer.model import PreferenceModel, check_model
 from trainer.packing import pack, share_prefixes
+from trainer.samples import first_prompts, sample
 from trainer.sources import check_rows, read_file
 from trainer.truncation import Limits
 
@@ -82,7 +83,7 @@ def score(
         if not same_tokens(read_pairs(data, own_tokenizer, max_length)[1], pairs):
             raise InputError(f"models: {name} encodes the data otherwise than the reference")
         torch.manual_seed(seed)
-        prompts = first_prompts(pairs, kl_prompts)
+        prompts = list(first_prompts(pairs, kl_prompts))
         drawn = draw_pairs(model, tokenizer, prompts, kl_tokens, batch_size, name)
         policy = PreferenceModel(model, {})
         check_model(policy, pairs[0])
@@ -139,15 +140,6 @@ def score_pairs(model: PreferenceModel, pairs: list[Pair], batch_size: int, name
         sums = running[batch.cu_seqlens.long()].diff()
         logps.append(sums.view(2, len(indices)).T.cpu())
     return torch.cat(logps)
-
-
-def first_prompts(pairs: list[Pair], count: int) -> list[tuple[int, ...]]:
-    """The first different prompts: the tokens before the first that is trained on."""
-    prompts = {}
-    for pair in pairs:
-        first = next(k for k, label in enumerate(pair.chosen.labels) if label != IGNORE)
-        prompts[tuple(pair.chosen.ids[: first + 1].tolist())] = None
-    return list(prompts)[:count]
 
 
 def draw_pairs(
