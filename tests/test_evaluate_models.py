@@ -9,11 +9,11 @@ from trainer_tiny import record, save_tiny, tiny_llama, tiny_split, tiny_tokeniz
 from transformers import AutoModelForCausalLM
 
 from trainer.config import InputError
-from trainer.encoding import IGNORE
 from trainer.evaluate import main
 from trainer.evaluation.generate import Sampling, generate
 from trainer.evaluation.prompts import read_prompts
 from trainer.evaluation.score import draw_pairs, kl_estimate, score
+from trainer.pairs import IGNORE
 from trainer.samples import first_prompts, sample
 
 SCORE = {

@@ -7,7 +7,8 @@ from trainer_tiny import ANSWER, GOOD, TALK, USER, tiny_config
 
 from trainer.config import InputError, RunConfig, parse_config
 from trainer.data import BadRows
-from trainer.model import locate_model, loss_options
+from trainer.loading import locate_model
+from trainer.model import loss_options
 from trainer.reference import check_reference
 from trainer.sources import check_rows, read_file
 

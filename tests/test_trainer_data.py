@@ -12,7 +12,8 @@ from trainer_tiny import ANSWER, CHATML, GOOD, TALK, USER, chat, record, tiny_to
 
 from trainer.config import InputError, RunConfig, parse_config
 from trainer.data import BadRows, check_record
-from trainer.encoding import IGNORE, encode_rows, use_chat_template
+from trainer.encoding import encode_rows, use_chat_template
+from trainer.pairs import IGNORE
 from trainer.sources import check_rows, hold_out, read_file, read_splits, weigh
 from trainer.truncation import Limits
 

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from trainer.config import InputError
 from trainer.head import DIVIDED, MULTIPLIED, PLAIN, SOFTCAPPED, FusedLMHead, fuse_lm_head
+from trainer.loading import save_model
 from trainer.loop import run_step
-from trainer.model import check_model, save_model
+from trainer.model import check_model
 from trainer.packing import Step
 from trainer.reference import lookup
 

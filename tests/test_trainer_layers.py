@@ -15,9 +15,10 @@ from trainer_tiny import (
     tiny_split,
 )
 
-from trainer import model as model_module
+from trainer import loading
 from trainer.config import InputError
-from trainer.model import PreferenceModel, check_layers, compile_layers, load_model
+from trainer.loading import check_layers, load_model
+from trainer.model import PreferenceModel, compile_layers
 from trainer.packing import pack, share_prefixes
 
 
@@ -77,10 +78,10 @@ def test_liger_patches_layers_only(monkeypatch):
         calls.append((rope, swiglu, cross_entropy, fused_linear_cross_entropy))
 
     monkeypatch.setitem(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN, "llama", patch)
-    model_module._use_liger(tiny_model("llama"))
+    loading._use_liger(tiny_model("llama"))
     assert calls == [(True, True, False, False)]
     with pytest.raises(InputError, match="Liger has no kernels for 'gpt2' models; set it to false"):
-        model_module._use_liger(tiny_model("gpt2"))
+        loading._use_liger(tiny_model("gpt2"))
 
 
 REFUSED = [

@@ -18,10 +18,10 @@ from transformers import AttentionInterface
 from trainer import attention
 from trainer.attention import PairLayout, pair_attention
 from trainer.config import InputError
-from trainer.encoding import IGNORE, Pair, Sequence
 from trainer.head import fuse_lm_head
 from trainer.model import check_model
 from trainer.packing import pack, share_prefixes
+from trainer.pairs import IGNORE, Pair, Sequence
 
 KINDS = [
     "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gemma3",

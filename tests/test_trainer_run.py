@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import card, run
 from trainer.config import InputError, parse_config
-from trainer.model import load_tokenizer
+from trainer.loading import load_tokenizer
 from trainer.run import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -253,7 +253,7 @@ def test_two_processes_train_as_one(finished, tiny, tmp_path):
 )
 def test_the_default_model_s_tokenizer_is_complete():
     """What is read from GGUF: template, end of turn, and text that survives a round trip."""
-    from trainer.model import locate_model
+    from trainer.loading import locate_model
 
     config = parse_config([])
     tokenizer = load_tokenizer(locate_model(config), config.gguf_file)

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from trainer.config import RunConfig
 from trainer.data import BadRows, check_record
-from trainer.encoding import IGNORE, Split, encode_rows
+from trainer.encoding import encode_rows
 from trainer.head import FusedLMHead, fuse_lm_head
 from trainer.model import PreferenceModel, loss_options
+from trainer.pairs import IGNORE, Split
 from trainer.ref_cache import Table
 from trainer.reference import fill, lookup, scorer
 from trainer.truncation import Limits

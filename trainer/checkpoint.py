@@ -33,9 +33,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from trainer.config import InputError, RunConfig
-from trainer.encoding import Split
 from trainer.loop import Training
 from trainer.packing import Step
+from trainer.pairs import Split
 from trainer.ref_cache import data_key
 
 # Said at every save of a single process.

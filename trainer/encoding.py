@@ -2,8 +2,7 @@
 
 Prompt and response are rendered together, and the prompt's tokens must be a prefix of the result:
 so the model is trained on exactly the tokens that it will see at inference. Only assistant messages
-of the response are trained on, each up to and including its end-of-turn token. Labels are aligned
-with hidden states: `labels[t]` is the token that position t predicts.
+of the response are trained on, each up to and including its end-of-turn token.
 
 A response is a list of stages: the text from the start of the prompt up to some point, and whether
 what it adds to the stage before is trained on. The first stage is the prompt. All stages of many
@@ -13,72 +12,20 @@ rows are tokenized in one call, which uses every core.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import InputError, find_file
 from trainer.data import BadRow, BadRows, Message, Row
+from trainer.pairs import IGNORE, Pair, Sequence, Split
 from trainer.report import progress
 from trainer.truncation import Limits
 
-if TYPE_CHECKING:
-    from trainer.packing import Batch
-
-IGNORE = -100
 CHUNK = 256  # rows that are tokenized in one call
 
 Stage = tuple[str, bool]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Sequence:
-    """One prompt and response: T token ids; T labels, the next id if it is trained on, or -100."""
-
-    ids: np.ndarray
-    """(T,) int32."""
-    labels: np.ndarray
-    """(T,) int32."""
-
-    @property
-    def trained_tokens(self) -> int:
-        """Number of tokens that the loss sees."""
-        return int((self.labels != IGNORE).sum())
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Pair:
-    """The chosen and the rejected sequence of one row."""
-
-    chosen: Sequence
-    rejected: Sequence
-    shared: int = 0
-    """Tokens that both begin with and that are computed once (`packing.share_prefixes`)."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of both sequences, prompt included."""
-        return len(self.chosen.ids) + len(self.rejected.ids)
-
-    @property
-    def packed_tokens(self) -> int:
-        """Tokens of the pair in a packed row, where the shared ones stand once."""
-        return self.tokens - self.shared
-
-
-@dataclass
-class Split:
-    """A data set ready to train on or to evaluate: its pairs, and what the report says of them."""
-
-    pairs: list[Pair]
-    report: dict[str, object] = field(default_factory=dict)
-    reference: Callable[[Batch], Tensor] | None = None
-    """Summed reference log-probs (2B,) in nats of a batch of pairs, chosen ones first."""
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:

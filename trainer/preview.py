@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from rpo_kernels import plan as head_plan
 from rpo_kernels.api import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
 from trainer.config import InputError, RunConfig
-from trainer.encoding import IGNORE, Sequence, Split
 from trainer.packing import Step
+from trainer.pairs import IGNORE, Sequence, Split
 from trainer.report import say
 
 SAMPLES, BINS, BAR = 2, 10, 40

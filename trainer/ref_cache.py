@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainer.config import InputError
-from trainer.encoding import Pair
+from trainer.pairs import Pair
 from trainer.report import say
 
 ROW = np.dtype([("logps", "<f4", 2), ("check", "<u4")])

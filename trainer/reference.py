@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from rpo_kernels.losses import LOSSES
 from trainer import adapters, ref_cache
 from trainer.config import InputError, RunConfig
-from trainer.encoding import Split
-from trainer.model import PreferenceModel, load_model, locate_model
+from trainer.loading import load_model, locate_model
+from trainer.model import PreferenceModel
 from trainer.packing import Batch, Step, first_visits, pack
+from trainer.pairs import Split
 from trainer.report import progress, say
 
 Scorer = Callable[[Batch], Tensor]

@@ -22,11 +22,14 @@ if not __package__:  # run as a script: import from the repository, not from thi
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, set_seed
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from trainer import card, checkpoint, distributed, preview, report
 from trainer.adapters import add_adapters
 from trainer.config import InputError, RunConfig, parse_config
-from trainer.encoding import Split, encode_rows, use_chat_template
+from trainer.encoding import encode_rows, use_chat_template
+from trainer.loading import check_layers, load_model, load_tokenizer, locate_model, save_model
 from trainer.loop import (
     Training,
     evaluate,
@@ -35,18 +38,9 @@ from trainer.loop import (
     make_schedule,
     train,
 )
-from trainer.model import (
-    PreferenceModel,
-    check_layers,
-    check_model,
-    compile_layers,
-    load_model,
-    load_tokenizer,
-    locate_model,
-    loss_options,
-    save_model,
-)
+from trainer.model import PreferenceModel, check_model, compile_layers, loss_options
 from trainer.packing import Step, plan_training, regroup, share_prefixes
+from trainer.pairs import Split
 from trainer.reference import Reference, check_reference
 from trainer.samples import take_samples
 from trainer.sources import read_splits
@@ -57,54 +51,23 @@ from trainer.truncation import Limits
 def run(config: RunConfig) -> list[dict[str, float]]:
     """Run a config from files to a saved model; returns the rows of `metrics.jsonl`."""
     started = time.perf_counter()
-    report.check_trackers(config)
+    resumed = check(config)
     sharded = distributed.take_request(config)
     accelerator = start(config)
-
-    resumed = None
-    if not config.dry_run:
-        resumed = checkpoint.find_checkpoint(config)
-        report.check_output_dir(config, resumed)
-    check_reference(config)
-    check_layers(config)
     options, source = loss_options(config), locate_model(config)
-    limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
-    tokenizer = load_tokenizer(source, config.gguf_file)
-    use_chat_template(tokenizer, config.chat_template_path)
-    splits = {
-        name: encode_rows(rows, tokenizer, limits, bad)
-        for name, (rows, bad) in read_splits(config).items()
-    }
-    if config.prefix_sharing:
-        for split in splits.values():
-            split.pairs = share_prefixes(split.pairs)
+
+    tokenizer, splits = read_data(config, source)
     plans = plan(config, splits, accelerator.num_processes)
     if config.dry_run:
         preview.show(config, source, tokenizer, splits, plans)
         return []
     fingerprint = checkpoint.fingerprint(config, splits, plans["train"])
-    earlier: dict[str, list[dict]] = {}
-    if resumed:
-        checkpoint.check_fingerprint(resumed, fingerprint)
-        earlier = checkpoint.read_progress(resumed)
-    reports = {name: split.report for name, split in splits.items()}
-    log = report.RunLog(config, reports, earlier, accelerator)
-    if accelerator.is_main_process:
-        checkpoint.clear(log.folder, resuming=resumed is not None)
+    log = open_log(config, splits, fingerprint, resumed, accelerator)
 
-    model = load_model(source, config)
-    model = PreferenceModel(model, options, config.activation_offloading).to(accelerator.device)
-    check_model(model, splits["train"].pairs[0])
-    if config.torch_compile:
-        compile_layers(model)
-    reference = Reference(config, model, accelerator)
-    if config.use_peft:
-        model.model = add_adapters(model.model, config)
-    if sharded:
-        model = distributed.shard(model, accelerator)
-        optimizer = make_optimizer(model, config)
-    else:
-        model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    policy = PreferenceModel(load_model(source, config), options, config.activation_offloading)
+    check_model(policy.to(accelerator.device), splits["train"].pairs[0])
+    reference = Reference(config, policy, accelerator)
+    model, optimizer = prepare(policy, config, sharded, accelerator)
     reference.attach(model, splits, plans)
     schedule = make_schedule(optimizer, config, len(plans["train"]))
     training = Training(model, optimizer, schedule, log)
@@ -128,17 +91,86 @@ def run(config: RunConfig) -> list[dict[str, float]]:
         evaluate_now()
     train(training, splits["train"], plans["train"], config, accelerator, evaluate_now, save_now)
     evaluate_now()
+    finish(training, tokenizer, config, started, accelerator)
+    return log.rows
 
-    weights = distributed.whole_weights(model)
+
+def check(config: RunConfig) -> Path | None:
+    """Refuse what cannot run, before any work; returns the checkpoint to go on from, if any."""
+    report.check_trackers(config)
+    check_reference(config)
+    check_layers(config)
+    if config.dry_run:
+        return None
+    resumed = checkpoint.find_checkpoint(config)
+    report.check_output_dir(config, resumed)
+    return resumed
+
+
+def read_data(config: RunConfig, source: str) -> tuple[PreTrainedTokenizerBase, dict[str, Split]]:
+    """The tokenizer, and the training and held-out pairs as its tokens."""
+    tokenizer = load_tokenizer(source, config.gguf_file)
+    use_chat_template(tokenizer, config.chat_template_path)
+    limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
+    splits = {}
+    for name, (rows, bad) in read_splits(config).items():
+        splits[name] = encode_rows(rows, tokenizer, limits, bad)
+        if config.prefix_sharing:
+            splits[name].pairs = share_prefixes(splits[name].pairs)
+    return tokenizer, splits
+
+
+def open_log(
+    config: RunConfig,
+    splits: dict[str, Split],
+    fingerprint: dict[str, object],
+    resumed: Path | None,
+    accelerator: Accelerator,
+) -> report.RunLog:
+    """The output folder, with the rows of the checkpoint to go on from, if it fits the run."""
+    earlier: dict[str, list[dict]] = {}
+    if resumed:
+        checkpoint.check_fingerprint(resumed, fingerprint)
+        earlier = checkpoint.read_progress(resumed)
+    reports = {name: split.report for name, split in splits.items()}
+    log = report.RunLog(config, reports, earlier, accelerator)
     if accelerator.is_main_process:
-        save_model(accelerator.unwrap_model(model).model, tokenizer, log.model_folder, weights)
+        checkpoint.clear(log.folder, resuming=resumed is not None)
+    return log
+
+
+def prepare(
+    policy: PreferenceModel, config: RunConfig, sharded: bool, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model to train, with adapters, compiled, under DDP or sharded, and its optimizer."""
+    if config.torch_compile:
+        compile_layers(policy)
+    if config.use_peft:
+        policy.model = add_adapters(policy.model, config)
+    if sharded:
+        model = distributed.shard(policy, accelerator)
+        return model, make_optimizer(model, config)
+    return accelerator.prepare(policy, make_optimizer(policy, config))
+
+
+def finish(
+    training: Training,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    started: float,
+    accelerator: Accelerator,
+) -> None:
+    """Save the model, draw the plot, write the model card, and upload them if asked to."""
+    log, weights = training.log, distributed.whole_weights(training.model)
+    if accelerator.is_main_process:
+        policy = accelerator.unwrap_model(training.model)
+        save_model(policy.model, tokenizer, log.model_folder, weights)
     log.finish(time.perf_counter() - started)
     if accelerator.is_main_process:
         card.write_card(config, log.rows, log.samples, log.model_folder)
         if config.push_to_hub:
             card.push(config, log.model_folder)
     accelerator.wait_for_everyone()
-    return log.rows
 
 
 def plan(config: RunConfig, splits: dict[str, Split], ranks: int) -> dict[str, list[Step]]:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config import RunConfig
-from trainer.encoding import IGNORE, Pair, Split
+from trainer.pairs import IGNORE, Pair, Split
 
 
 def sample(

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config import InputError, RunConfig
-from trainer.model import load_model, load_tokenizer, locate_model
+from trainer.loading import load_model, load_tokenizer, locate_model
 
 
 @dataclass(frozen=True)

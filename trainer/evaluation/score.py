@@ -23,11 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rpo_kernels import linear_logprobs
 from trainer.config import InputError
 from trainer.data import BadRow, BadRows
-from trainer.encoding import IGNORE, Encoder, Pair, Sequence
+from trainer.encoding import Encoder
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.records import open_folder, replace_text, write_json
 from trainer.model import PreferenceModel, check_model
 from trainer.packing import pack, share_prefixes
+from trainer.pairs import IGNORE, Pair, Sequence
 from trainer.samples import first_prompts, sample
 from trainer.sources import check_rows, read_file
 from trainer.truncation import Limits

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.evaluation.generate import prompt_ids
-from trainer.evaluation.models import sample
 from trainer.evaluation.prompts import Prompt
+from trainer.samples import sample
 
 SYSTEM = "Answer with one equation."
 OPERATIONS = {
