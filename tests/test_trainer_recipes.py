@@ -16,7 +16,7 @@ COMMON = {
 BETA = COMMON | {
     "model_name_or_path": "HuggingFaceH4/mistral-7b-sft-beta", "beta": 0.01, "sft_reduction": "sum",
     "dataset_name": ("HuggingFaceH4/ultrafeedback_binarized",), "num_train_epochs": 1.0,
-    "dataset_train_split": "train_prefs", "dataset_test_split": "test_prefs",
+    "dataset_train_split": "train_prefs", "dataset_test_split": "test_prefs", "on_bad_row": "skip",
     "max_prompt_length": 512, "warmup_ratio": 0.1, "min_lr_rate": 0.0, "adam_beta2": 0.999,
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
 }  # fmt: skip
@@ -31,7 +31,10 @@ AVERAGE = GEMMA | {
     "warmup_ratio": 0.03, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0,
     "max_prompt_length": None, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8,
 }  # fmt: skip
-LONG = {"max_length": 32768, "use_peft": True, "reference": "adapter", "model_dtype": "bfloat16"}
+LONG = {
+    "max_length": 32768, "use_peft": True, "reference": "adapter", "model_dtype": "bfloat16",
+    "on_bad_row": "skip",
+}  # fmt: skip
 RECIPES = {
     "zephyr-beta-rpo": BETA | {"eta": 0.005},
     "zephyr-beta-dpo": BETA | {"eta": 0.0},

@@ -1,6 +1,7 @@
 """Where reference log-probs come from: equal numbers in every mode, and a table that never lies."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -11,18 +12,22 @@ from trainer_tiny import (
     CHATML,
     record,
     save_tiny,
+    sequence_logps,
+    tiny_config,
     tiny_llama,
+    tiny_model,
     tiny_policy,
     tiny_split,
     tiny_tokenizer,
     write_jsonl,
 )
+from transformers import AutoConfig
 
 from trainer import ref_cache, reference, run
 from trainer.config import InputError, parse_config
-from trainer.packing import Step, plan_pass, share_prefixes
+from trainer.packing import Step, pack, plan_pass, share_prefixes
 from trainer.ref_cache import ROW, Table, data_key, model_key
-from trainer.reference import check_reference, fill, scorer
+from trainer.reference import Reference, check_reference, fill, scorer
 
 PAIRS = 10
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
@@ -84,9 +89,14 @@ def test_every_mode_gives_the_same_numbers(train, folder):
     assert train("--reference", "online")[:2] == (rows, [])
 
 
+def save_other(folder, model):
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def test_another_reference_model_is_used_in_either_mode(train, folder, tmp_path):
-    other = tmp_path / "other"
-    tiny_llama(seed=1).save_pretrained(other)
+    other = save_other(tmp_path / "other", tiny_llama(seed=1))
     ours, _, _ = train("--max_steps", 2)
     rows, _, _ = train("--max_steps", 2, "--ref_model_name_or_path", other)
     online, _, _ = train(
@@ -96,14 +106,71 @@ def test_another_reference_model_is_used_in_either_mode(train, folder, tmp_path)
     assert abs(rows[0]["eval/rewards/margins"]) > 0.01 and rows[0] != ours[0]
 
 
-def test_a_reference_model_with_another_vocabulary_is_refused(train, tmp_path):
-    other = tmp_path / "other"
-    torch.manual_seed(0)
+def other_reference(path, **fields):
+    """The second model of a run whose policy is a Llama."""
+    config = tiny_config(reference="online", ref_model_name_or_path=str(path), **fields)
+    policy, accelerator = tiny_policy()
+    splits = {"train": tiny_split(2)}
+    return Reference(config, policy, tiny_tokenizer(), splits, accelerator).model
+
+
+@pytest.mark.parametrize(
+    ("kind", "transform"),
+    [("cohere", (0.25, None)), ("gemma2", (1.0, 5.0)), ("llama", (1.0, None))],
+)
+def test_a_reference_of_another_architecture_has_its_own_transform(kind, transform, tmp_path):
+    """Its log-probs are those of its own logits, whatever the policy's logit fields say."""
+    wanted, split = tiny_model(kind, seed=1), tiny_split(2)
+    fields = {} if kind == "llama" else {"logit_scale": 2.0}
+    model = other_reference(save_other(tmp_path / "other", wanted), **fields)
+    head = model.language_model.get_output_embeddings()
+    assert (head.logit_scale, head.logit_softcap) == transform
+    found = scorer(model)(pack(split.pairs, (0, 1)))
+    chosen, rejected = ([getattr(p, side) for p in split.pairs] for side in ("chosen", "rejected"))
+    torch.testing.assert_close(found, sequence_logps(wanted, chosen + rejected).detach())
+
+
+def swap_letters(folder):
+    file = folder / "tokenizer.json"
+    tokens = json.loads(file.read_text())
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["c"], vocabulary["d"] = vocabulary["d"], vocabulary["c"]
+    file.write_text(json.dumps(tokens))
+
+
+def resize(folder):
     model = tiny_llama()
     model.resize_token_embeddings(300)
-    model.save_pretrained(other)
-    with pytest.raises(InputError, match="policy's vocabulary of 259 tokens, got 300"):
-        train("--ref_model_name_or_path", other)
+    model.save_pretrained(folder)
+
+
+def unknown_architecture(folder):
+    AutoConfig.for_model("stablelm").save_pretrained(folder)
+
+
+def without_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "message"),
+    [
+        (resize, {}, "expected a model with the policy's vocabulary of 259 tokens, got 300"),
+        (swap_letters, {}, "the policy's tokenizer, but token .* is 'c' to the policy and 'd' to"),
+        (without_tokenizer, {}, "cannot load a tokenizer from"),
+        (unknown_architecture, {}, "expected the policy's architecture 'llama', or .*'stablelm'"),
+        (None, {"logit_scale": 2.0}, "LlamaForCausalLM: its logits are not softcap"),
+    ],
+)
+def test_a_reference_model_that_does_not_fit_is_refused(change, fields, message, tmp_path):
+    other = save_other(tmp_path / "other", tiny_llama(seed=1))
+    if change:
+        change(other)
+    with pytest.raises(InputError, match=f"^ref_model_name_or_path: .*{message}"):
+        other_reference(other, **fields)
+    with pytest.raises(InputError, match="^ref_model_name_or_path: "):
+        other_reference(tmp_path / "nowhere")
 
 
 def test_the_table_serves_other_rates_losses_seeds_and_batch_sizes(train, tmp_path):

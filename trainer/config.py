@@ -99,7 +99,8 @@ class RunConfig:
     """Reference log-probs: computed once and kept on disk, by a second model beside the policy, by
     the policy without its adapters, or none, for the reference-free losses."""
     ref_model_name_or_path: str | None = None
-    """Folder or hub id of the reference model; null is the policy as it is at the start."""
+    """Folder or hub id of another reference model, with the policy's tokenizer; null is the policy
+    as it is at the start."""
     ref_cache_dir: str | None = None
     """Folder of precomputed log-probs, for any number of runs; null is
     `reference_cache` beside `output_dir`."""

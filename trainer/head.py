@@ -28,6 +28,7 @@ PLAIN = frozenset(
 SOFTCAPPED = frozenset(("gemma2", "gemma3_text"))  # config.final_logit_softcapping
 MULTIPLIED = frozenset(("cohere", "cohere2"))  # config.logit_scale
 DIVIDED = frozenset(("granite", "granitemoe"))  # config.logits_scaling
+KNOWN = PLAIN | SOFTCAPPED | MULTIPLIED | DIVIDED
 
 
 class FusedLMHead(nn.Linear):

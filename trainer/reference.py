@@ -23,12 +23,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rpo_kernels.losses import LOSSES
 from trainer import adapters, ref_cache
 from trainer.config import InputError, RunConfig
-from trainer.loading import load_model, locate_model
-from trainer.model import PreferenceModel
+from trainer.head import KNOWN
+from trainer.loading import load_model, load_tokenizer, locate_model
+from trainer.model import PreferenceModel, check_model
 from trainer.packing import Batch, Step, first_visits, pack
 from trainer.pairs import Split
 from trainer.report import progress, say
@@ -65,12 +67,25 @@ def check_reference(config: RunConfig) -> None:
 class Reference:
     """The reference of a run; made of the policy's first weights, before it is wrapped."""
 
-    def __init__(self, config: RunConfig, policy: PreferenceModel, accelerator: Accelerator):
-        """Load the second model, if there is one, and hash the weights, if they name a table."""
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: PreferenceModel,
+        tokenizer: PreTrainedTokenizerBase,
+        splits: dict[str, Split],
+        accelerator: Accelerator,
+    ) -> None:
+        """Load the second model, if there is one, and hash the weights, if they name a table.
+
+        Raises:
+            InputError: a second model that cannot read the policy's tokens, or cannot be packed.
+        """
         self.config, self.accelerator = config, accelerator
-        self.model: nn.Module | None = None
+        self.model: PreferenceModel | None = None
         """The second model; None where the policy's own start is the reference."""
-        if config.reference == "online" or config.ref_model_name_or_path:
+        if config.ref_model_name_or_path:
+            self.model = _other_model(config, policy, tokenizer, splits, accelerator)
+        elif config.reference == "online":
             self.model = _second_model(config, policy, accelerator)
         if config.reference == "precomputed":
             source = self.model or policy
@@ -107,24 +122,72 @@ class Reference:
 def _second_model(
     config: RunConfig, policy: PreferenceModel, accelerator: Accelerator
 ) -> PreferenceModel:
-    """A frozen model of its own: `ref_model_name_or_path`, or the policy's start once more."""
+    """A frozen model of its own, with the policy's loss."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise InputError(
             "reference: a second model is whole on every rank, which DeepSpeed does not allow; "
             "use precomputed, without ref_model_name_or_path"
         )
-    own = config
-    if config.ref_model_name_or_path:
-        own = replace(config, model_name_or_path=config.ref_model_name_or_path, gguf_file=None)
-    model = load_model(locate_model(own), own)
-    here, there = (m.get_input_embeddings().num_embeddings for m in (policy.language_model, model))
-    if here != there:
+    frozen = PreferenceModel(load_model(locate_model(config), config), policy.options)
+    return frozen.requires_grad_(False).eval().to(accelerator.device)
+
+
+def _other_model(
+    config: RunConfig,
+    policy: PreferenceModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: dict[str, Split],
+    accelerator: Accelerator,
+) -> PreferenceModel:
+    """`ref_model_name_or_path`, checked as the policy is, and to mean the same by every token."""
+    try:
+        own = _own_config(config, policy.language_model.config.model_type)
+        _check_tokens(tokenizer, load_tokenizer(locate_model(own), None), splits)
+        model = _second_model(own, policy, accelerator)
+        here, there = (m.get_input_embeddings().num_embeddings
+                       for m in (policy.language_model, model.language_model))  # fmt: skip
+        if here != there:
+            raise InputError(
+                f"expected a model with the policy's vocabulary of {here} tokens, got {there}"
+            )
+        check_model(model, splits["train"].pairs[0])
+    except InputError as error:
+        said = str(error).removeprefix("model_name_or_path: ")
+        raise InputError(f"ref_model_name_or_path: {said}") from None
+    return model
+
+
+def _own_config(config: RunConfig, policy_type: str) -> RunConfig:
+    """What loads the other model; the logit fields tell of the policy's architecture only."""
+    own = replace(config, model_name_or_path=config.ref_model_name_or_path, gguf_file=None)
+    source = locate_model(own)
+    try:
+        own_type = AutoConfig.from_pretrained(source).model_type
+    except (OSError, ValueError) as error:
+        raise InputError(f"no model config in {source}: {error}") from None
+    if own_type == policy_type:
+        return own
+    if own_type not in KNOWN:
         raise InputError(
-            f"ref_model_name_or_path: expected a model with the policy's vocabulary of {here} "
-            f"tokens, got {there}"
+            f"expected the policy's architecture {policy_type!r}, or one whose logits the trainer "
+            f"knows, got {own_type!r}"
         )
-    frozen = PreferenceModel(model, policy.options).requires_grad_(False)
-    return frozen.eval().to(accelerator.device)
+    return replace(own, logit_scale=None, logit_softcap=None)
+
+
+def _check_tokens(
+    policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, splits: dict[str, Split]
+) -> None:
+    """Refuse a tokenizer to which a token id of the data is another token."""
+    pairs = [pair for split in splits.values() for pair in split.pairs]
+    ids = np.unique(np.concatenate([s.ids for p in pairs for s in (p.chosen, p.rejected)]))
+    for token in ids.tolist():
+        here, there = (t.convert_ids_to_tokens(token) for t in (policy, other))
+        if here != there:
+            raise InputError(
+                f"expected a model with the policy's tokenizer, but token {token} is {here!r} to "
+                f"the policy and {there!r} to this model"
+            )
 
 
 def scorer(model: nn.Module) -> Scorer:

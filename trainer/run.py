@@ -66,7 +66,7 @@ def run(config: RunConfig) -> list[dict[str, float]]:
 
     policy = PreferenceModel(load_model(source, config), options, config.activation_offloading)
     check_model(policy.to(accelerator.device), splits["train"].pairs[0])
-    reference = Reference(config, policy, accelerator)
+    reference = Reference(config, policy, tokenizer, splits, accelerator)
     model, optimizer = prepare(policy, config, sharded, accelerator)
     reference.attach(model, splits, plans)
     schedule = make_schedule(optimizer, config, len(plans["train"]))
