@@ -72,17 +72,23 @@ def device_record(device: str) -> dict:
     return record
 
 
+def source() -> dict:
+    """The code that is measured."""
+    changed = _command("git", "status", "--porcelain", "--", "rpo_kernels", "benchmarks/*.py")
+    return {
+        "commit": _command("git", "rev-parse", "HEAD") or os.environ.get("RPO_COMMIT"),
+        "uncommitted_changes": None if changed is None else bool(changed),
+        "source_sha256": source_hash(),
+    }
+
+
 def describe(device: str) -> dict:
     """Everything that a results file states about where its figures come from."""
-    commit = _command("git", "rev-parse", "HEAD") or os.environ.get("RPO_COMMIT")
-    changed = _command("git", "status", "--porcelain", "--", "rpo_kernels", "benchmarks/*.py")
     versions = {name: _version(name) for name in PACKAGES}
     return {
         "device": device_record(device),
         "versions": versions | {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit,
-        "uncommitted_changes": None if changed is None else bool(changed),
-        "source_sha256": source_hash(),
+        **source(),
         "threads": torch.get_num_threads(),
         "load_at_start": os.getloadavg()[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -60,16 +60,22 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
 def provenance(document: dict, how: str) -> str:
     """One line on where figures come from: device, versions, commit, file, and `how`."""
     device, versions = document["device"], document["versions"]
-    commit, date = (document["commit"] or "unknown")[:10], document["date"][:10]
-    changed = " with uncommitted changes" if document["uncommitted_changes"] else ""
+    own = document["runs"] if isinstance(document["runs"], list) else []
+    states = [document | run for run in own] or [document]
+    commits = {
+        (state["commit"] or "unknown")[:10]
+        + (" with uncommitted changes" if state["uncommitted_changes"] else "")
+        for state in states
+    }
+    date = document["date"][:10]
     where = device["name"]
     where += f", driver {device['driver']}" if device.get("driver") else ""
     where += f", {document['threads']} threads" if device["kind"] == "cpu" else ""
     packages = {"trl": "TRL", "liger_kernel": "Liger", "cut-cross-entropy": "cut-cross-entropy"}
     peers = [f"{label} {versions[name]}" for name, label in packages.items() if versions.get(name)]
     return (
-        f"Measured on {where}; torch {versions['torch']}, {', '.join(peers)}; commit {commit}"
-        f"{changed}, {date}; {how}; `benchmarks/results/{document['file']}`."
+        f"Measured on {where}; torch {versions['torch']}, {', '.join(peers)}; commit "
+        f"{', '.join(sorted(commits))}, {date}; {how}; `benchmarks/results/{document['file']}`."
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import Spec, names_of, specs_of
-from benchmarks.environment import ROOT, describe
+from benchmarks.environment import ROOT, describe, source
 from benchmarks.measure import Settings, measure
 from benchmarks.peers import IMPLEMENTATIONS, Implementation
 
@@ -66,7 +66,7 @@ def run_case(
     budget_s: float | None = None,
 ) -> dict:
     """Measure the problems one after the other and save after each; problems that `path` already
-    holds are kept.
+    holds are kept. Each says of which commit it is: a file may be gone on with later.
 
     With `budget_s` each problem gets a share of the seconds left, by its size. What is running
     stands in ``<path>.doing``.
@@ -94,7 +94,7 @@ def run_case(
             document["banned"].get(str(at), {}) | document["banned"].get("all", {}),
             doing=lambda what, at=at: marker.write_text(json.dumps({"run": at, "doing": what})),
         )
-        document["runs"].append(run)
+        document["runs"].append(run | source())
         save(document, path)
         print(line_of(run), flush=True)
     marker.unlink(missing_ok=True)

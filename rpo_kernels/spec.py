@@ -27,6 +27,11 @@ class Transform(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
+    def logit(self, x: Tensor) -> Tensor:
+        """``z``."""
+        x = x * self.scale
+        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+
     def slope(self, logit: Tensor) -> Tensor:
         """``dz/dx`` from the logit ``z``: ``scale * (1 - (z / cap)^2)``."""
         if self.softcap is None:

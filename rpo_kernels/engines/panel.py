@@ -14,10 +14,11 @@ rows of the matmuls' small operands instead.
 A log-sum-exp is kept as the pair ``(c, S)``, in `recompute` too: as one float32 number it would
 round to eps * |z|, and so would every probability.
 
-``c`` is the log-sum-exp over the first `PROBE` vocabulary entries. A row whose largest logit lies
-more than about 60 above it could overflow: `sums` then exceed `MAX_SUM`, and the caller fills again
-with ``exact=True``, whose ``c`` is the log-sum-exp over all entries (1U more). fp16 starts there,
-because its exponents are too short for anything but probabilities.
+``c`` is the log-sum-exp over the first `PROBE` vocabulary entries and the target, which keeps S
+moderate: a large one would turn far tails into denormal products with 1 / S. A row whose largest
+logit lies more than about 60 above ``c`` could overflow: `sums` then exceed `MAX_SUM`, and the
+caller fills again with ``exact=True``, whose ``c`` is the log-sum-exp over all entries (1U more).
+fp16 starts there, because its exponents are too short for anything but probabilities.
 """
 
 from __future__ import annotations
@@ -107,6 +108,9 @@ def fill(
     for _, weight, bias in head.panels() if exact else [next(head.panels(PROBE))]:
         *part, _ = backend.lse_and_target(h, weight, bias, none, head.transform, max_bytes // 8)
         guess = merge(guess, part)
+    if not exact:
+        logits = target_logits(h, rows.targets, head, slack(max_bytes)) / LN2
+        guess = merge(guess, (logits, torch.ones_like(logits)))
     shift, _ = normalized(*guess)
     sums, target = torch.zeros_like(shift), torch.zeros_like(shift)
     for v0, weight, bias in head.panels():
@@ -118,6 +122,20 @@ def fill(
     logps = (target - sums.log2()) * LN2
     put_targets_(values, rows.targets, 0, target_entry(logps, shift, sums, head.transform))
     return Panel(rows, h, values, logps, shift, sums)
+
+
+def target_logits(h: Tensor, targets: Tensor, head: Head, max_bytes: int) -> Tensor:
+    """The targets' logits (n,), as exact as the products' dtype."""
+    found = torch.empty_like(targets, dtype=accumulator_dtype(head.dtype))
+    size = max(1, max_bytes // (2 * h.shape[1] * h.element_size()))
+    for start in range(0, len(targets), size):
+        index = targets[start : start + size]
+        weight = head.weight.index_select(0, index).to(head.dtype)
+        x = torch.bmm(h[start : start + size, None], weight[:, :, None]).view(-1).to(found.dtype)
+        if head.bias is not None:
+            x += head.bias.index_select(0, index)
+        found[start : start + size] = head.transform.logit(x)
+    return found
 
 
 def target_entry(logps: Tensor, shift: Tensor, sums: Tensor, transform: Transform) -> Tensor:

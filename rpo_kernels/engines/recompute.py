@@ -148,15 +148,16 @@ def _shape(
 ) -> tuple[int, int]:
     """Rows and vocabulary entries of a panel, so that the panel and its operands fit `max_bytes`.
 
-    A CPU wants panels that stay in its cache; a GPU wants them as large as the budget allows.
+    A CPU wants panels that stay in its cache, and in half precision larger ones, because each
+    product is rounded; a GPU wants them as large as the budget allows.
     """
     acc, max_bytes = max(4, itemsize), max_bytes - slack(max_bytes)
     per_row = width * (2 * itemsize + acc)  # H chunk, g * H chunk, the product for dH
     n = max(1, min(total, 4096 if on_cpu else 65536, max_bytes // 3 // per_row))
     per_entry = n * (itemsize + (0 if on_cpu else acc)) + width * (itemsize + 2 * acc)
     p = max(1, (max_bytes - n * per_row) // per_entry)
-    if on_cpu and itemsize >= 4:
-        p = min(p, 1024)
+    if on_cpu:
+        p = min(p, 1024 if itemsize >= 4 else 8192)
     return n, min(vocab, p)
 
 
