@@ -20,6 +20,8 @@ STEPS = {
     "one pair": lambda ranks: plan_pass([3], 7, ranks, 1)[0],
     "empty passes": lambda ranks: plan_pass([0, 5, 2], 7, ranks, 4)[0],
 }
+# Plain gradient descent, whose steps are as close as the gradients are.
+DESCENT = ["--optim", "sgd", "--learning_rate", "0.1"]
 
 
 def gradients(mode: str, accelerator: Accelerator) -> dict[str, object]:
@@ -57,7 +59,7 @@ def main(folder: Path, words: list[str]) -> None:
         torch.save(results, folder / "results.pt")
 
     resume = ["--resume_from_checkpoint", str(folder / "a" / "checkpoint-2")]
-    for name, more in (("a", []), ("b", resume)):
+    for name, more in (("a", []), ("b", resume), ("sgd", DESCENT)):
         os.environ |= {distributed.REQUEST: "true", "FSDP_VERSION": "2"}
         run.run(parse_config([*words, "--output_dir", str(folder / name), *more]))
     torch.distributed.destroy_process_group()

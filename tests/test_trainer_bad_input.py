@@ -109,6 +109,16 @@ BAD = [
         "expected one of sum, sequence_mean, token_mean, got 'mean'",
     ),
     (fields, {"dtype": "fp16"}, "dtype: expected one of float32, bfloat16, got 'fp16'"),
+    (
+        fields,
+        {"optim": "adam"},
+        "optim: expected one of adamw_torch, adamw_8bit, adafactor, sgd, got 'adam'",
+    ),
+    (
+        fields,
+        {"optim": "sgd", "adam_beta2": 0.95},
+        "optim: expected adamw_torch or adamw_8bit where an adam_ field is given, got sgd",
+    ),
     (fields, {"backend": "cuda"}, "backend: expected one of auto, triton, torch, got 'cuda'"),
     (fields, {"lr_scheduler_type": "step"}, "lr_scheduler_type: expected one of linear, cosine"),
     (fields, {"on_bad_row": "ignore"}, "on_bad_row: expected one of error, skip, got 'ignore'"),

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from distributed_worker import STEPS, gradients
+from distributed_worker import DESCENT, STEPS, gradients
 from safetensors.torch import load_file
 from torch import nn
 from trainer_tiny import record, save_tiny, tiny_config, write_jsonl
@@ -90,6 +90,20 @@ def test_a_sharded_run_is_the_run_of_one_process(launched, tmp_path):
     assert [row["step"] for row in two] == [0, 0, 0, 3, 3, 3] and two[:3] == one[:3]
 
 
+def test_sharded_gradient_descent_is_that_of_one_process(launched, tmp_path):
+    folder, words = launched
+    threads = torch.get_num_threads()
+    out = ["--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "8"]
+    run.run(parse_config([*words, *DESCENT, *out]))
+    torch.set_num_threads(threads)
+    for two, one in zip(read(folder / "sgd"), read(tmp_path / "one"), strict=True):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+    names = [path / "model" / "model.safetensors" for path in (tmp_path / "one", folder / "sgd")]
+    wanted, found = map(load_file, names)
+    for name, value in wanted.items():
+        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
 def test_a_sharded_run_goes_on_from_its_checkpoint_bit_for_bit(launched):
     folder, _ = launched
     assert read(folder / "b") == read(folder / "a")
@@ -113,6 +127,9 @@ def test_fsdp_that_is_asked_for_but_not_active_is_an_error(launched, monkeypatch
             run.run(parse_config(words))
     with pytest.raises(InputError, match="use_peft: expected false with FSDP"):
         run.run(parse_config([*words, "--use_peft"]))
+    for optim in ("adamw_8bit", "adafactor"):
+        with pytest.raises(InputError, match="optim: expected adamw_torch or sgd with FSDP"):
+            distributed.take_request(tiny_config(optim=optim))
     with pytest.raises(InputError, match="weight is not sharded"):
         distributed.check_sharded(nn.Linear(2, 2))
 

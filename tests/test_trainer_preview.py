@@ -62,7 +62,7 @@ def test_adapters_leave_the_weights_without_gradients(words):
     split, config = tiny_split(8), parse_config([*words, "--use_peft"])
     plan = run.plan(config, {"train": split}, ranks=1)["train"]
     text = memory_plan(config, config.model_name_or_path, split, plan)
-    assert "GiB (float32), gradients and moments of the adapters only" in text
+    assert "GiB (float32), gradients and state of adamw_torch for the adapters only" in text
 
 
 def test_the_largest_step_and_pass_are_counted(words):

@@ -5,7 +5,7 @@ import torch
 from trainer_tiny import tiny_config
 
 from trainer.config import DEFAULT_RECIPE, parse_config
-from trainer.loop import make_optimizer, make_schedule
+from trainer.optimizer import make_optimizer, make_schedule
 
 GPUS = 8
 COMMON = {

@@ -132,8 +132,11 @@ class RunConfig:
     """Cut each step, still of as many pairs as the two above say, into passes of so many tokens."""
     per_device_eval_batch_size: int = 4
     """Pairs in one evaluation pass of one process, without `max_tokens_per_batch`."""
+    optim: Literal["adamw_torch", "adamw_8bit", "adafactor", "sgd"] = "adamw_torch"
+    """AdamW; AdamW with 8-bit moments, by bitsandbytes; Adafactor, which keeps a row and a column
+    per matrix and no mean; or plain gradient descent, which keeps nothing."""
     learning_rate: float = 5e-6
-    """Peak learning rate of AdamW."""
+    """Learning rate after the warm-up, the largest of the run."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Schedule of the learning rate over the run, after the warm-up."""
     warmup_ratio: float = 0.1
@@ -147,7 +150,7 @@ class RunConfig:
     adam_epsilon: float = 1e-8
     """AdamW's addend to the root of the mean squared gradient."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, on matrices only."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 turns clipping off."""
     seed: int = 42
@@ -294,18 +297,16 @@ _IMPOSSIBLE: dict[str, typing.Callable[[RunConfig], bool]] = {
         c.reference == "adapter" and not c.use_peft
     ),
     "use_peft: expected true where a lora_ field is given, got false": lambda c: (
-        not c.use_peft
-        and any(
-            getattr(c, f.name) != f.default
-            for f in dataclasses.fields(c)
-            if f.name.startswith("lora_")
-        )
+        not c.use_peft and _given(c, "lora_")
     ),
     "load_in_4bit: expected false without use_peft, as 4-bit weights cannot be trained": lambda c: (
         c.load_in_4bit and not c.use_peft
     ),
     "load_in_4bit: expected false with gguf_file, whose weights are dequantized": lambda c: (
         c.load_in_4bit and c.gguf_file is not None
+    ),
+    "optim: expected adamw_torch or adamw_8bit where an adam_ field is given, got {optim}": (
+        lambda c: "adamw" not in c.optim and _given(c, "adam_")
     ),
     "min_lr_rate: expected 0 with lr_scheduler_type {lr_scheduler_type}, as only cosine ends "
     "there, got {min_lr_rate}": lambda c: c.min_lr_rate > 0 and c.lr_scheduler_type != "cosine",
@@ -322,6 +323,12 @@ _IMPOSSIBLE: dict[str, typing.Callable[[RunConfig], bool]] = {
     "max_prompt_length: expected less than max_length ({max_length}), so that responses keep some "
     "tokens; got {max_prompt_length}": lambda c: (c.max_prompt_length or 0) >= c.max_length,
 }
+
+
+def _given(config: RunConfig, prefix: str) -> bool:
+    """Whether any field of that prefix is not at its default."""
+    fields = [f for f in dataclasses.fields(config) if f.name.startswith(prefix)]
+    return any(getattr(config, f.name) != f.default for f in fields)
 
 
 def _kinds() -> dict[str, object]:

@@ -37,6 +37,8 @@ SETTINGS = {
     "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "false"),
     "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", "false"),
 }
+# Those whose update of a shard is that of the whole weight.
+SHARDED_OPTIMIZERS = ("adamw_torch", "sgd")
 
 
 def take_request(config: RunConfig) -> bool:
@@ -53,6 +55,11 @@ def take_request(config: RunConfig) -> bool:
             raise InputError(f"{setting}: expected {value}, got {got}; set it in fsdp_config")
     if config.use_peft:
         raise InputError("use_peft: expected false with FSDP; use trainer/accelerate/ddp.yaml")
+    if config.optim not in SHARDED_OPTIMIZERS:
+        raise InputError(
+            f"optim: expected {' or '.join(SHARDED_OPTIMIZERS)} with FSDP, as a shard lacks what "
+            f"{config.optim} needs; change it, or use trainer/accelerate/ddp.yaml"
+        )
     if "WORLD_SIZE" not in os.environ:
         raise InputError(
             "FSDP is asked for, but this is a single process without a process group; start "

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from rpo_kernels import RPOOutput
 from trainer.config import RunConfig
@@ -106,17 +105,6 @@ def evaluate(
     return row | {"eval/seconds": time.perf_counter() - started}
 
 
-def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW whose weight decay spares vectors (norms and biases)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, config.learning_rate, betas, config.adam_epsilon, fused=True)
-
-
 @dataclass
 class Training:
     """What changes while a run trains: all of it goes into a checkpoint."""
@@ -135,17 +123,6 @@ class Training:
     def inner_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer below accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
-
-
-def make_schedule(
-    optimizer: torch.optim.Optimizer, config: RunConfig, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate over `steps` steps, warm-up included."""
-    warmup = math.ceil(config.warmup_ratio * steps)
-    if config.min_lr_rate:
-        how = {"min_lr_rate": config.min_lr_rate}
-        return get_scheduler("cosine_with_min_lr", optimizer, warmup, steps, how)
-    return get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps)
 
 
 def train(

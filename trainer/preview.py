@@ -118,9 +118,10 @@ def memory_plan(config: RunConfig, source: str, split: Split, steps: list[Step])
     gib, mib = head_plan.GIB, 2**20
     kind = "4 bits, the head's more" if config.load_in_4bit else config.model_dtype
     kept = count * (0.5 if config.load_in_4bit else head_plan.DTYPES[config.model_dtype].itemsize)
-    learned = f"gradients {kept / gib:.2f} GiB, moments {2 * kept / gib:.2f} GiB"
+    state = state_bytes(model, config) / gib
+    learned = f"gradients {kept / gib:.2f} GiB, state of {config.optim} {state:.2f} GiB"
     if config.use_peft:
-        learned = "gradients and moments of the adapters only"
+        learned = f"gradients and state of {config.optim} for the adapters only"
     return (
         f"  {count / 1e6:.1f} M parameters: weights {kept / gib:.2f} GiB ({kind}), {learned}\n"
         f"  head, at most {rows} trained tokens in a pass, vocabulary {vocabulary}: "
@@ -128,3 +129,19 @@ def memory_plan(config: RunConfig, source: str, split: Split, steps: list[Step])
         f"(logits alone: {rows * vocabulary * shape.itemsize / mib:.0f} MiB)\n"
         "  the activations of the layers come on top"
     )
+
+
+def state_bytes(model: torch.nn.Module, config: RunConfig) -> int:
+    """Bytes that the optimizer keeps beside all of the model's weights and gradients."""
+    count = sum(p.numel() for p in model.parameters())
+    if config.optim == "adafactor":  # float32: a row and a column per matrix, and all of a vector
+        return 4 * sum(
+            p.numel() if p.dim() < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2]
+            for p in model.parameters()
+        )
+    moment = {
+        "sgd": 0,
+        "adamw_8bit": 1,
+        "adamw_torch": head_plan.DTYPES[config.model_dtype].itemsize,
+    }
+    return 2 * moment[config.optim] * count

@@ -30,15 +30,9 @@ from trainer.adapters import add_adapters
 from trainer.config import InputError, RunConfig, parse_config
 from trainer.encoding import encode_rows, use_chat_template
 from trainer.loading import check_layers, load_model, load_tokenizer, locate_model, save_model
-from trainer.loop import (
-    Training,
-    evaluate,
-    evaluation_step,
-    make_optimizer,
-    make_schedule,
-    train,
-)
+from trainer.loop import Training, evaluate, evaluation_step, train
 from trainer.model import PreferenceModel, check_model, compile_layers, loss_options
+from trainer.optimizer import check_optimizer, make_optimizer, make_schedule
 from trainer.packing import Step, plan_training, regroup, share_prefixes
 from trainer.pairs import Split
 from trainer.reference import Reference, check_reference
@@ -100,6 +94,7 @@ def check(config: RunConfig) -> Path | None:
     report.check_trackers(config)
     check_reference(config)
     check_layers(config)
+    check_optimizer(config)
     if config.dry_run:
         return None
     resumed = checkpoint.find_checkpoint(config)
