@@ -48,8 +48,8 @@ TRAINING = {  # of every run; the learning rate is that of the preference stage
     "per_device_eval_batch_size": 16,
     "overwrite_output_dir": True,
 }
-EVALUATIONS = {"sums": 12, "written": 13, "written, no SFT": 13}  # steps between two
-TRAIN_PAIRS, TEST_PAIRS = 384, 64
+EVALUATIONS = {"sums": 11, "written": 13, "written, no SFT": 13}  # steps between two
+TRAIN_PAIRS, TEST_PAIRS = 256, 64
 DEMONSTRATIONS, TEST_QUESTIONS = 384, 128
 QUESTIONS = 512  # sampled at a time, until there are enough pairs
 
