@@ -35,6 +35,7 @@ OURS: dict[str, dict] = {
     "ours, prefix sharing": {"prefix_sharing": True},
     "ours, separate sequences": {"prefix_sharing": False},
     "ours, low memory": {"prefix_sharing": True} | LOW,
+    "ours, low memory, Adafactor": {"prefix_sharing": True, "optim": "adafactor"} | LOW,
 }
 TRL: dict[str, bool] = {"TRL, reference precomputed": True, "TRL, reference online": False}
 
