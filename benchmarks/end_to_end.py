@@ -42,9 +42,9 @@ TRL: dict[str, bool] = {"TRL, reference precomputed": True, "TRL, reference onli
 
 def prepare(folder: Path, steps: int, smoke: bool) -> None:
     """The model as a folder; the pairs as two files: ours, and TRL's in the order of our plan."""
-    from trainer.config import parse_config
     from trainer.loading import load_model, load_tokenizer, locate_model, save_model
     from trainer.packing import plan_training
+    from trainer.recipe import parse_config
 
     config = parse_config([])  # the default recipe's model
     place = locate_model(config)

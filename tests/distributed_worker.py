@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 from trainer_tiny import as_split, shifted_reference, tiny_policy, tiny_split
 
 from trainer import distributed, run
-from trainer.config import parse_config
 from trainer.loop import run_step
 from trainer.packing import Step, plan_pass
+from trainer.recipe import parse_config
 
 # Seven pairs in two uneven passes; one pair, so that a rank has none; passes without any pair.
 STEPS = {

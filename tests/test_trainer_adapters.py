@@ -24,12 +24,13 @@ from transformers import AutoModelForCausalLM
 
 from trainer import head, run
 from trainer.adapters import add_adapters, quantization, switched_off
-from trainer.config import InputError, parse_config
+from trainer.config import InputError
 from trainer.distributed import shard
 from trainer.head import fuse_lm_head
 from trainer.loading import load_model
 from trainer.loop import run_step
 from trainer.packing import Step, pack
+from trainer.recipe import parse_config
 from trainer.ref_cache import model_key
 from trainer.reference import lookup, scorer
 

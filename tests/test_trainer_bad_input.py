@@ -5,10 +5,11 @@ import json
 import pytest
 from trainer_tiny import ANSWER, GOOD, TALK, USER, tiny_config
 
-from trainer.config import InputError, RunConfig, parse_config
+from trainer.config import InputError, RunConfig
 from trainer.data import BadRows
 from trainer.loading import locate_model
 from trainer.model import loss_options
+from trainer.recipe import parse_config
 from trainer.reference import check_reference
 from trainer.sources import check_rows, read_file
 

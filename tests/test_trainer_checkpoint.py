@@ -17,7 +17,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from trainer_tiny import record, save_tiny, write_jsonl
 
 from trainer import run
-from trainer.config import InputError, parse_config
+from trainer.config import InputError
+from trainer.recipe import parse_config
 from trainer.report import RunLog
 from trainer.stop import Stopped
 

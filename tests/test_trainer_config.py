@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
-from trainer.config import DEFAULT_RECIPE, RunConfig, field_docs, parse_config
+from trainer.config import RunConfig, field_docs
+from trainer.recipe import DEFAULT_RECIPE, parse_config
 
 TRAINER = DEFAULT_RECIPE.parent.parent
 

@@ -20,7 +20,8 @@ from trainer_tiny import record, save_tiny, tiny_config, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from trainer import distributed, run
-from trainer.config import InputError, parse_config
+from trainer.config import InputError
+from trainer.recipe import parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")

@@ -8,8 +8,8 @@ import torch
 from trainer_tiny import record, save_tiny, tiny_split, tiny_tokenizer, write_jsonl
 
 from trainer import run
-from trainer.config import parse_config
 from trainer.preview import histogram, marked, memory_plan, steps_plan
+from trainer.recipe import parse_config
 
 
 def test_trained_tokens_are_marked():

@@ -24,8 +24,9 @@ from trainer_tiny import (
 from transformers import AutoConfig
 
 from trainer import ref_cache, reference, run
-from trainer.config import InputError, parse_config
+from trainer.config import InputError
 from trainer.packing import Step, pack, plan_pass, share_prefixes
+from trainer.recipe import parse_config
 from trainer.ref_cache import ROW, Table, data_key, model_key
 from trainer.reference import Reference, check_reference, fill, scorer
 

@@ -15,8 +15,9 @@ from trainer_tiny import record, save_tiny, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import card, run
-from trainer.config import InputError, parse_config
+from trainer.config import InputError
 from trainer.loading import load_tokenizer
+from trainer.recipe import parse_config
 from trainer.run import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,9 +18,10 @@ from trainer_tiny import (
 )
 
 from trainer import run
-from trainer.config import InputError, parse_config
+from trainer.config import InputError
 from trainer.loop import run_step
 from trainer.packing import plan_pass
+from trainer.recipe import parse_config
 from trainer.samples import first_prompts, take_samples
 
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")

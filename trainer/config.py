@@ -1,20 +1,14 @@
-"""Everything a run depends on: one frozen dataclass, from a YAML file and command-line overrides.
+"""Everything a run depends on: one frozen dataclass, a sentence under each field.
 
-    accelerate launch trainer/run.py --config my.yaml --learning_rate 1e-5
-
-Without `--config` the default recipe is read. Names are Hugging Face's where Hugging Face has one.
-A value is checked when the config is built, wherever it comes from; an unknown key is an error that
-names the nearest valid one.
+Names are Hugging Face's where Hugging Face has one. Values are converted and checked when the
+config is built, wherever they come from.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
-import difflib
 import inspect
-import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +16,9 @@ from typing import Literal
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_RECIPE = ROOT / "trainer" / "recipes" / "smollm2-cpu.yaml"
-DATA = (
-    "train_file", "eval_file", "dataset_name", "dataset_config", "dataset_train_split",
-    "dataset_test_split", "train_weights", "eval_split_ratio", "sample_prompts",
-)  # fmt: skip
-# Overriding the first on the command line drops what the recipe says of the old one.
-DESCRIBED_BY = {
-    "model_name_or_path": ("gguf_file", "logit_scale", "logit_softcap"),
-    "train_file": DATA,
-    "dataset_name": DATA,
-}
+from trainer import checks
 
-TRACKERS = ("tensorboard", "wandb", "trackio")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class InputError(ValueError):
@@ -206,176 +189,21 @@ class RunConfig:
     """Whether a run that `output_dir` already holds may be replaced."""
 
     def __post_init__(self) -> None:
-        """Convert every value to its field's type, then check its range."""
-        for field, kind in _kinds().items():
-            object.__setattr__(self, field, _convert(field, getattr(self, field), kind))
-        for field, (expected, holds) in _RANGES.items():
-            value = getattr(self, field)
-            if value is not None and not holds(value):
-                raise InputError(f"{field}: expected {expected}, got {value}")
-        for field in ("model_name_or_path", "output_dir", "lora_target_modules"):
-            if not getattr(self, field):
-                raise InputError(f"{field}: expected a value, got an empty one")
-        for message, holds in _IMPOSSIBLE.items():
-            if holds(self):
-                raise InputError(message.format(**vars(self)))
+        """Convert every value to its field's type, then check values and combinations."""
+        for field, kind in typing.get_type_hints(RunConfig).items():
+            try:
+                value = checks.convert(getattr(self, field), kind)
+            except ValueError as error:
+                raise InputError(f"{field}: {error}") from None
+            object.__setattr__(self, field, value)
+        for message in checks.problems(self):
+            raise InputError(message)
 
     def to_yaml(self) -> str:
         """Every field and its value, readable by `--config`."""
         values = dataclasses.asdict(self)
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return yaml.safe_dump(values, sort_keys=False)
-
-
-_RANGES = {
-    "logit_scale": ("null or a number > 0", lambda x: 0 < x < float("inf")),
-    "logit_softcap": ("null or a number > 0", lambda x: 0 < x < float("inf")),
-    "train_weights": ("numbers > 0", lambda x: all(0 < y < float("inf") for y in x)),
-    "eval_split_ratio": ("a number in [0, 1)", lambda x: 0 <= x < 1),
-    "max_length": ("an integer >= 8", lambda x: x >= 8),
-    "max_prompt_length": ("null or an integer >= 1", lambda x: x >= 1),
-    "beta": ("a number > 0", lambda x: 0 < x < float("inf")),
-    "eta": ("a number >= 0", lambda x: 0 <= x < float("inf")),
-    "label_smoothing": ("a number in [0, 0.5)", lambda x: 0 <= x < 0.5),
-    "lora_r": ("an integer >= 1", lambda x: x >= 1),
-    "lora_alpha": ("a number > 0", lambda x: 0 < x < float("inf")),
-    "lora_dropout": ("a number in [0, 1)", lambda x: 0 <= x < 1),
-    "max_steps": ("-1 or an integer >= 1", lambda x: x == -1 or x >= 1),
-    "num_train_epochs": ("a number > 0", lambda x: 0 < x < float("inf")),
-    "per_device_train_batch_size": ("an integer >= 1", lambda x: x >= 1),
-    "gradient_accumulation_steps": ("an integer >= 1", lambda x: x >= 1),
-    "max_tokens_per_batch": ("null or an integer >= 8", lambda x: x >= 8),
-    "per_device_eval_batch_size": ("an integer >= 1", lambda x: x >= 1),
-    "learning_rate": ("a number > 0", lambda x: 0 < x < float("inf")),
-    "warmup_ratio": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
-    "min_lr_rate": ("a number in [0, 1)", lambda x: 0 <= x < 1),
-    "adam_beta1": ("a number in [0, 1)", lambda x: 0 <= x < 1),
-    "adam_beta2": ("a number in [0, 1)", lambda x: 0 <= x < 1),
-    "adam_epsilon": ("a number > 0", lambda x: 0 < x < float("inf")),
-    "weight_decay": ("a number >= 0", lambda x: 0 <= x < float("inf")),
-    "max_grad_norm": ("a number >= 0", lambda x: 0 <= x < float("inf")),
-    "seed": ("an integer in [0, 2^32)", lambda x: 0 <= x < 2**32),
-    "max_workspace_mb": ("null or a number > 0", lambda x: 0 < x < float("inf")),
-    "cpu_threads": ("an integer >= 0", lambda x: x >= 0),
-    "logging_steps": ("an integer >= 1", lambda x: x >= 1),
-    "eval_steps": ("an integer >= 0", lambda x: x >= 0),
-    "sample_prompts": ("an integer >= 0", lambda x: x >= 0),
-    "max_new_tokens": ("an integer >= 1", lambda x: x >= 1),
-    "report_to": (
-        f"some of {', '.join(TRACKERS)}",
-        lambda x: len({*x}) == len(x) and {*x} <= {*TRACKERS},
-    ),
-    "save_steps": ("an integer >= 0", lambda x: x >= 0),
-    "save_total_limit": ("null or an integer >= 1", lambda x: x >= 1),
-}
-# Combinations that make no sense, by what is said of them.
-_IMPOSSIBLE: dict[str, typing.Callable[[RunConfig], bool]] = {
-    "train_file: expected training data, got none; give train_file or dataset_name": lambda c: (
-        not (c.train_file or c.dataset_name)
-    ),
-    "dataset_config: {dataset_config!r} is of no data set; give dataset_name": lambda c: (
-        c.dataset_config is not None and not c.dataset_name
-    ),
-    "dataset_test_split: {dataset_test_split!r} is of no data set; give dataset_name, or eval_file "
-    "for files": lambda c: c.dataset_test_split is not None and not c.dataset_name,
-    "train_weights: expected one weight per train_file and dataset_name, got {train_weights}": (
-        lambda c: len(c.train_weights) not in (0, len(c.train_file) + len(c.dataset_name))
-    ),
-    "eval_split_ratio: expected 0 where eval_file or dataset_test_split holds the evaluation's "
-    "pairs, got {eval_split_ratio}": lambda c: (
-        c.eval_split_ratio > 0 and bool(c.eval_file or c.dataset_test_split)
-    ),
-    "sample_prompts: expected 0 without held-out pairs, got {sample_prompts}; give eval_file, "
-    "dataset_test_split or eval_split_ratio": lambda c: (
-        c.sample_prompts > 0 and not (c.eval_file or c.dataset_test_split or c.eval_split_ratio)
-    ),
-    "ref_model_name_or_path: expected null with reference {reference}, got "
-    "{ref_model_name_or_path}": lambda c: (
-        c.reference in ("adapter", "none") and c.ref_model_name_or_path is not None
-    ),
-    "reference: expected precomputed or online where use_peft is false, got adapter": lambda c: (
-        c.reference == "adapter" and not c.use_peft
-    ),
-    "use_peft: expected true where a lora_ field is given, got false": lambda c: (
-        not c.use_peft and _given(c, "lora_")
-    ),
-    "load_in_4bit: expected false without use_peft, as 4-bit weights cannot be trained": lambda c: (
-        c.load_in_4bit and not c.use_peft
-    ),
-    "load_in_4bit: expected false with gguf_file, whose weights are dequantized": lambda c: (
-        c.load_in_4bit and c.gguf_file is not None
-    ),
-    "optim: expected adamw_torch or adamw_8bit where an adam_ field is given, got {optim}": (
-        lambda c: "adamw" not in c.optim and _given(c, "adam_")
-    ),
-    "min_lr_rate: expected 0 with lr_scheduler_type {lr_scheduler_type}, as only cosine ends "
-    "there, got {min_lr_rate}": lambda c: c.min_lr_rate > 0 and c.lr_scheduler_type != "cosine",
-    "model_dtype: expected float32 with dtype float32, got {model_dtype}": lambda c: (
-        c.dtype == "float32" and c.model_dtype != "float32"
-    ),
-    "resume_from_checkpoint: expected null with overwrite_output_dir, which removes the run to go "
-    "on with; drop one of the two": lambda c: (
-        c.resume_from_checkpoint is not None and c.overwrite_output_dir
-    ),
-    "hub_model_id: expected a repository to push to, got null": lambda c: (
-        c.push_to_hub and not c.hub_model_id
-    ),
-    "max_prompt_length: expected less than max_length ({max_length}), so that responses keep some "
-    "tokens; got {max_prompt_length}": lambda c: (c.max_prompt_length or 0) >= c.max_length,
-}
-
-
-def _given(config: RunConfig, prefix: str) -> bool:
-    """Whether any field of that prefix is not at its default."""
-    fields = [f for f in dataclasses.fields(config) if f.name.startswith(prefix)]
-    return any(getattr(config, f.name) != f.default for f in fields)
-
-
-def _kinds() -> dict[str, object]:
-    return typing.get_type_hints(RunConfig)
-
-
-def _convert(field: str, value: object, kind: object) -> object:
-    """`value` as the field's type, from YAML's types or the command line's (or `1e-5`'s) text."""
-    if isinstance(kind, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("null", "none")):
-            return None
-        kind = typing.get_args(kind)[0]
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise InputError(f"{field}: expected one of {', '.join(choices)}, got {value!r}")
-        return value
-    if typing.get_origin(kind) is tuple:
-        values = [] if value is None else value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(field, v, typing.get_args(kind)[0]) for v in values)
-    words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-    try:
-        return _scalar(value, kind)
-    except (ValueError, TypeError):
-        raise InputError(f"{field}: expected {words[kind]}, got {value!r}") from None
-
-
-def _scalar(value: object, kind: type) -> object:
-    if kind is bool:
-        if isinstance(value, str):
-            return (
-                {"true": True, "false": False}[value.lower()]
-                if value.lower() in ("true", "false")
-                else _refuse()
-            )
-        return value if isinstance(value, bool) else _refuse()
-    if kind is str:
-        return value if isinstance(value, str) else _refuse()
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        _refuse()
-    if kind is int and isinstance(value, float):
-        return int(value) if value.is_integer() else _refuse()
-    return kind(value)
-
-
-def _refuse() -> None:
-    raise ValueError
 
 
 def field_docs() -> dict[str, str]:
@@ -389,16 +217,6 @@ def field_docs() -> dict[str, str]:
     }
 
 
-def check_keys(keys: typing.Iterable[str], source: str) -> None:
-    """Raise `InputError` for the first key that is no field, naming the nearest field."""
-    valid = list(_kinds())
-    for key in keys:
-        if key not in valid:
-            near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "--help lists all of them"
-            raise InputError(f"{source}: unknown key {key!r}; {hint}")
-
-
 def find_file(path: str) -> Path:
     """`path` in the working directory, else in the repository: recipes work from anywhere."""
     candidates = [Path(path), ROOT / path]
@@ -407,73 +225,3 @@ def find_file(path: str) -> Path:
             return candidate
     tried = " and ".join(dict.fromkeys(str(c.resolve()) for c in candidates))
     raise InputError(f"{path}: no such file (looked for {tried})")
-
-
-def _read_yaml(path: Path) -> dict[str, object]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected 'field: value' lines, got {type(values).__name__}")
-    check_keys(values, str(path))
-    return values
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trainer/run.py",
-        description="Fine-tune a language model on preference pairs with RPO.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        metavar="FILE.yaml",
-        help=f"recipe to start from (default: {DEFAULT_RECIPE.name})",
-    )
-    docs, kinds = field_docs(), _kinds()
-    for field in dataclasses.fields(RunConfig):
-        default = "" if field.default is dataclasses.MISSING else f" [{field.default}]"
-        many = typing.get_origin(kinds[field.name]) is tuple
-        how = (
-            {"nargs": "*"}
-            if many
-            else {"nargs": "?", "const": "true"}
-            if kinds[field.name] is bool
-            else {}
-        )
-        parser.add_argument(
-            f"--{field.name}",
-            default=argparse.SUPPRESS,
-            metavar="X",
-            help=(docs[field.name] + default).replace("%", "%%"),
-            **how,
-        )
-    return parser
-
-
-def parse_config(argv: list[str]) -> RunConfig:
-    """Read the recipe and apply the overrides of the command line.
-
-    Args:
-        argv: arguments after the program's name; `--help` prints every field and exits.
-
-    Raises:
-        InputError: unknown key, wrong type, value out of range, or missing file.
-    """
-    given, unknown = _parser().parse_known_args(argv)
-    overrides = vars(given)
-    recipe = overrides.pop("config")
-    for word in unknown:
-        if not word.startswith("--"):
-            raise InputError(f"command line: expected --field value, got {word!r}")
-        check_keys([word[2:].partition("=")[0]], "command line")
-    values = _read_yaml(DEFAULT_RECIPE if recipe is None else find_file(recipe))
-    for owner in DESCRIBED_BY.keys() & overrides.keys():
-        for field in DESCRIBED_BY[owner]:
-            values.pop(field, None)
-    values.update(overrides)
-    for field in dataclasses.fields(RunConfig):
-        if field.default is dataclasses.MISSING and field.name not in values:
-            raise InputError(f"{field.name}: no value; give it in the recipe or as --{field.name}")
-    return RunConfig(**values)

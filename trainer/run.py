@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer import card, checkpoint, distributed, preview, report
 from trainer.adapters import add_adapters
-from trainer.config import InputError, RunConfig, parse_config
+from trainer.config import InputError, RunConfig
 from trainer.encoding import encode_rows, use_chat_template
 from trainer.loading import check_layers, load_model, load_tokenizer, locate_model, save_model
 from trainer.loop import Training, evaluate, evaluation_step, train
@@ -35,6 +35,7 @@ from trainer.model import PreferenceModel, check_model, compile_layers, loss_opt
 from trainer.optimizer import check_optimizer, make_optimizer, make_schedule
 from trainer.packing import Step, plan_training, regroup, share_prefixes
 from trainer.pairs import Split
+from trainer.recipe import parse_config
 from trainer.reference import Reference, check_reference
 from trainer.samples import take_samples
 from trainer.sources import read_splits

@@ -21,11 +21,12 @@ import json
 import shutil
 from pathlib import Path
 
-from trainer.config import RunConfig, parse_config
+from trainer.config import RunConfig
 from trainer.evaluation.models import Source, open_model
 from trainer.evaluation.records import open_folder, write_json, write_rows
 from trainer.experiments import arithmetic
 from trainer.experiments.displacement_report import report
+from trainer.recipe import parse_config
 from trainer.run import run
 
 SFT_ALONE = 1e4  # this eta leaves the preference term less than a thousandth of the gradient
