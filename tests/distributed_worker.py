@@ -1,4 +1,4 @@
-"""What each of two processes runs for `test_trainer_distributed`: torchrun FILE FOLDER CONFIG."""
+"""What two processes run for `test_trainer_distributed`: torchrun FILE FOLDER HOW CONFIG."""
 
 import os
 import sys
@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
-from trainer_tiny import as_split, shifted_reference, tiny_policy, tiny_split
+from trainer_tiny import as_split, shifted_reference, tiny_config, tiny_policy, tiny_split
 
-from trainer import distributed, run
+from trainer import distributed, run, zero3
 from trainer.loop import run_step
 from trainer.packing import Step, plan_pass
 from trainer.recipe import parse_config
@@ -22,10 +22,12 @@ STEPS = {
 }
 # Plain gradient descent, whose steps are as close as the gradients are.
 DESCENT = ["--optim", "sgd", "--learning_rate", "0.1"]
+# How to shard, and the modes of `gradients` that belong to it.
+MODES = {"fsdp2": ("ddp", "fsdp"), "zero3": ("zero3", "zero3 checkpointed")}
 
 
 def gradients(mode: str, accelerator: Accelerator) -> dict[str, object]:
-    """Metrics and whole gradients by step, of a tied tiny Llama under "one", "ddp" or "fsdp"."""
+    """Metrics and whole gradients by step, of a tied tiny Llama under "one" or one of `MODES`."""
     split = as_split(tiny_split(7).pairs, shifted_reference(7))
     policy, _ = tiny_policy(sft_reduction="token_mean", eta=0.5)
     if mode == "fsdp":
@@ -35,6 +37,8 @@ def gradients(mode: str, accelerator: Accelerator) -> dict[str, object]:
     elif mode == "ddp":
         policy = accelerator.prepare(policy)
         assert isinstance(policy, torch.nn.parallel.DistributedDataParallel)
+    elif mode.startswith("zero3"):
+        return zero3_gradients(policy, split, accelerator, checkpointed="checkpointed" in mode)
     results = {}
     for name, plan in STEPS.items():
         step: Step = plan(accelerator.num_processes)
@@ -51,19 +55,39 @@ def gradients(mode: str, accelerator: Accelerator) -> dict[str, object]:
     return results
 
 
-def main(folder: Path, words: list[str]) -> None:
+def zero3_gradients(policy, split, accelerator, checkpointed):
+    """The same under ZeRO-3; a rate of 0 lets the engine clear its gradients in a step."""
+    from deepspeed.utils import safe_get_full_grad
+
+    if checkpointed:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    engine, _ = zero3.partition(policy, optimizer, tiny_config(max_grad_norm=1e9))
+    weights = list(engine.module.parameters())
+    assert all(p.numel() == 0 < p.ds_tensor.numel() <= p.ds_numel // 2 + 1 for p in weights)
+    results = {}
+    for name, plan in STEPS.items():
+        values = run_step(engine, split, plan(accelerator.num_processes), accelerator, train=True)
+        whole = torch.cat([safe_get_full_grad(p).flatten() for p in weights])
+        norm = torch.tensor(zero3.update(engine))
+        results[name] = {"metrics": values, "gradient": whole, "norm": norm}
+    return results
+
+
+def main(folder: Path, how: str, words: list[str]) -> None:
+    zero3.PERSISTENT = 0  # or a tiny model would stay whole
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    results = {mode: gradients(mode, accelerator) for mode in ("ddp", "fsdp")}
+    results = {mode: gradients(mode, accelerator) for mode in MODES[how]}
     if accelerator.is_main_process:
         torch.save(results, folder / "results.pt")
 
     resume = ["--resume_from_checkpoint", str(folder / "a" / "checkpoint-2")]
     for name, more in (("a", []), ("b", resume), ("sgd", DESCENT)):
-        os.environ |= {distributed.REQUEST: "true", "FSDP_VERSION": "2"}
+        os.environ[distributed.REQUESTS[how]] = "true"
         run.run(parse_config([*words, "--output_dir", str(folder / name), *more]))
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

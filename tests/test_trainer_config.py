@@ -1,6 +1,7 @@
 """Recipes and overrides; what they refuse is in the table of `test_trainer_bad_input.py`."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,16 @@ TRAINER = DEFAULT_RECIPE.parent.parent
 
 def config(**fields):
     return RunConfig(**({"model_name_or_path": "m", "train_file": "t.jsonl"} | fields))
+
+
+def test_readme_lists_every_field_and_every_module():
+    text = (TRAINER / "README.md").read_text(encoding="utf-8")
+    table = text.split("## Fields\n")[1].split("\n\n")[0]
+    fields = [field.name for field in dataclasses.fields(RunConfig)]
+    assert sorted(re.findall(r"`(\w+)`", table)) == sorted(fields)
+    modules = {path.name for path in TRAINER.glob("*.py")} - {"__init__.py"}
+    files = text.split("| file | what |\n")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+\.py)`", files)) == modules
 
 
 def test_every_field_has_a_sentence():

@@ -1,5 +1,6 @@
-"""Two CPU processes give one process's loss, gradients and metrics, under DDP and FSDP2."""
+"""Two CPU processes give one process's loss, gradients and metrics, under DDP, FSDP2 and ZeRO-3."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from distributed_worker import DESCENT, STEPS, gradients
 from safetensors.torch import load_file
 from torch import nn
@@ -27,8 +28,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory):
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
+)
+HOW = ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
+
+
+@pytest.fixture(scope="module", params=HOW)
+def launched(tmp_path_factory, request):
     """The folder in which two processes left their results, and the config they ran."""
     folder = tmp_path_factory.mktemp("launched")
     recipe = {
@@ -49,21 +56,23 @@ def launched(tmp_path_factory):
     command += ["--master_port", str(29500 + os.getpid() % 1000), "tests/distributed_worker.py"]
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(folder), *words], cwd=ROOT, env=os.environ | paths, timeout=300,
-        capture_output=True, text=True,
+        [*command, str(folder), request.param, *words], cwd=ROOT, env=os.environ | paths,
+        timeout=300, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, words
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_on_two_processes_is_the_step_on_one(launched, mode, step):
-    found = torch.load(launched[0] / "results.pt")[mode][step]
+def test_a_step_on_two_processes_is_the_step_on_one(launched, step):
     wanted = gradients("one", Accelerator(cpu=True))[step]
-    torch.testing.assert_close(found["metrics"], wanted["metrics"], rtol=1e-5, atol=1e-6)
-    for name, value in wanted.items():
-        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+    results = torch.load(launched[0] / "results.pt")
+    assert len(results) == 2
+    for mode, found in results.items():
+        found = found[step]
+        torch.testing.assert_close(found["metrics"], wanted["metrics"], rtol=1e-5, atol=1e-6)
+        for name, value in wanted.items():
+            assert (found[name] - value).norm() <= 1e-5 * value.norm(), (mode, name)
 
 
 def read(folder, name="metrics"):
@@ -113,41 +122,68 @@ def test_a_sharded_run_goes_on_from_its_checkpoint_bit_for_bit(launched):
     assert all(torch.equal(a[name], b[name]) for name in a | b)
 
 
-def test_fsdp_that_is_asked_for_but_not_active_is_an_error(launched, monkeypatch, tmp_path):
-    monkeypatch.setenv(distributed.REQUEST, "true")
+@pytest.mark.parametrize(
+    ("how", "variable", "value", "message"),
+    [
+        ("fsdp2", "FSDP_VERSION", "1", "fsdp_version: expected 2, got 1"),
+        ("fsdp2", "FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: expected false, got true"),
+        ("zero3", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "2", "zero_stage: expected 3, got 2"),
+        ("zero3", "ACCELERATE_GRADIENT_CLIPPING", "1.0", "gradient_clipping: expected none, got 1"),
+    ],
+)
+def test_sharding_that_is_asked_for_but_not_done_is_an_error(
+    monkeypatch, how, variable, value, message
+):
+    monkeypatch.setenv(distributed.REQUESTS[how], "true")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    words = [*launched[1], "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(InputError, match="FSDP is asked for, but this is a single process"):
-        run.run(parse_config(words))
-    for variable, value, message in (
-        ("FSDP_VERSION", "1", "fsdp_version: expected 2, got 1"),
-        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: expected false, got true"),
-    ):
-        with monkeypatch.context() as context, pytest.raises(InputError, match=message):
-            context.setenv(variable, value)
-            run.run(parse_config(words))
-    with pytest.raises(InputError, match="use_peft: expected false with FSDP"):
-        run.run(parse_config([*words, "--use_peft"]))
+    with pytest.raises(InputError, match=f"{how} is asked for, but this is a single process"):
+        distributed.take_request(tiny_config())
+    with pytest.raises(InputError, match=f"use_peft: expected false with {how}"):
+        distributed.take_request(tiny_config(use_peft=True))
     for optim in ("adamw_8bit", "adafactor"):
-        with pytest.raises(InputError, match="optim: expected adamw_torch or sgd with FSDP"):
+        with pytest.raises(InputError, match=f"optim: expected adamw_torch or sgd with {how}"):
             distributed.take_request(tiny_config(optim=optim))
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=message):
+        distributed.take_request(tiny_config())
     with pytest.raises(InputError, match="weight is not sharded"):
         distributed.check_sharded(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize(("name", "sharded"), [("ddp", False), ("fsdp2", True)])
-def test_what_accelerate_makes_of_the_configs(monkeypatch, name, sharded):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_dtype": "bfloat16", "dtype": "bfloat16"}, "model_dtype: expected float32 with Z"),
+        ({"torch_compile": True}, "torch_compile: expected false with ZeRO-3"),
+        ({}, "zero3 is asked for, but DeepSpeed is not installed; run: pip install deepspeed"),
+    ],
+)
+def test_what_zero3_cannot_do_is_refused(monkeypatch, fields, message):
+    monkeypatch.setenv(distributed.REQUESTS["zero3"], "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=message):
+        distributed.take_request(tiny_config(**fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("ddp", None), ("fsdp2", "fsdp2"), pytest.param("zero3", "zero3", marks=needs_deepspeed)],
+)
+def test_what_accelerate_makes_of_the_configs(monkeypatch, name, how):
     """The environment that `accelerate launch` would give the processes asks for what we run."""
     path = ROOT / "trainer" / "accelerate" / f"{name}.yaml"
     words = ["--config_file", str(path), "--main_process_port", "29500", "trainer/run.py"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     assert args.num_processes == 8 and not args.cpu
+    args.deepspeed_fields_from_accelerate_config = ""  # not read here
     before = dict(os.environ)
-    environment = prepare_multi_gpu_env(args) | {"WORLD_SIZE": "8"}
+    made = prepare_deepspeed_cmd_env(args)[1] if how == "zero3" else prepare_multi_gpu_env(args)
+    environment = made | {"WORLD_SIZE": "8"}
     for variable in environment.keys() - before.keys():
         monkeypatch.setenv(variable, environment[variable])
-    assert distributed.take_request(tiny_config()) == sharded
-    assert distributed.REQUEST not in os.environ
+    assert distributed.take_request(tiny_config()) == how
+    assert not {*distributed.REQUESTS.values()} & os.environ.keys()
 
 
 def test_the_config_for_cpus_is_one_process():

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from trainer import zero3
 from trainer.config import InputError, RunConfig
 from trainer.loop import Training
 from trainer.packing import Step
@@ -122,7 +123,10 @@ def save(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    dcp.save(_weights(training), checkpoint_id=draft / WEIGHTS_FOLDER)
+    if zero3.is_engine(training.model):
+        zero3.save(training.model, draft / WEIGHTS_FOLDER)
+    else:
+        dcp.save(_weights(training), checkpoint_id=draft / WEIGHTS_FOLDER)
     own = {"schedule": training.schedule.state_dict(), "random": _random_state()}
     torch.save(own, draft / f"rank-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
@@ -151,15 +155,18 @@ def load(training: Training, folder: Path, accelerator: Accelerator) -> None:
     """Put a checkpoint's step, weights, moments, schedule and random states into `training`."""
     progress = read_progress(folder)
     training.step, training.window = progress["step"], progress["window"]
-    state = _weights(training)
-    dcp.load(state, checkpoint_id=folder / WEIGHTS_FOLDER)
-    set_state_dict(
-        training.model,
-        training.inner_optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=_OPTIONS,
-    )
+    if zero3.is_engine(training.model):
+        zero3.load(training.model, folder / WEIGHTS_FOLDER, accelerator.num_processes)
+    else:
+        state = _weights(training)
+        dcp.load(state, checkpoint_id=folder / WEIGHTS_FOLDER)
+        set_state_dict(
+            training.model,
+            training.inner_optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=_OPTIONS,
+        )
     own = folder / f"rank-{accelerator.process_index}.pt"
     state = torch.load(own if own.exists() else folder / "rank-0.pt", weights_only=True)
     training.schedule.load_state_dict(state["schedule"])

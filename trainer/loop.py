@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rpo_kernels import RPOOutput
+from trainer import distributed, zero3
 from trainer.config import RunConfig
-from trainer.distributed import norm_value
 from trainer.packing import Step, pack, plan_pass
 from trainer.pairs import Split
 from trainer.report import RunLog, progress
@@ -80,10 +80,10 @@ def run_step(
         batch = pack(pairs, ranks[accelerator.process_index]).to(accelerator.device)
         ref = None if split.reference is None else split.reference(batch)
         waits = train and k < len(step.micro_batches)
-        with accelerator.no_sync(model) if waits else contextlib.nullcontext():
+        with distributed.no_sync(model, accelerator) if waits else contextlib.nullcontext():
             out = model(batch, ref, num_pairs, num_chosen_tokens)
-            if train:  # DDP and FSDP2 average over ranks; the step's gradient is the sum
-                accelerator.backward(out.loss * accelerator.num_processes)
+            if train:  # gradients are averaged over ranks; the step's gradient is the sum
+                distributed.backward(out.loss * accelerator.num_processes, model, accelerator)
         shares += metric_shares(out, ref, num_pairs)
     return accelerator.reduce(shares, "sum")
 
@@ -178,13 +178,9 @@ def take_step(
     """
     started = time.perf_counter()
     values = named(run_step(training.model, split, step, accelerator, train=True))
-    max_norm = config.max_grad_norm or math.inf
-    norm = norm_value(accelerator.clip_grad_norm_(training.model.parameters(), max_norm))
-    check_finite(training.step + 1, values["loss"], norm)
     learning_rate = training.schedule.get_last_lr()[0]
-    training.optimizer.step()
+    norm = update(training, values["loss"], config.max_grad_norm, accelerator)
     training.schedule.step()
-    training.optimizer.zero_grad(set_to_none=True)
     training.step += 1
     training.window.append(
         values
@@ -195,6 +191,22 @@ def take_step(
             "seconds": time.perf_counter() - started,
         }
     )
+
+
+def update(training: Training, loss: float, max_norm: float, accelerator: Accelerator) -> float:
+    """Clip the gradients, step the optimizer, clear; returns the norm before clipping."""
+    if zero3.is_engine(training.model):  # does all of it in one; a NaN still ends the run
+        check_finite(training.step + 1, loss, 0.0)
+        norm = zero3.update(training.model)
+        check_finite(training.step + 1, loss, norm)
+        return norm
+    parameters = training.model.parameters()
+    clipped = accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
+    norm = distributed.norm_value(clipped)
+    check_finite(training.step + 1, loss, norm)
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def mean_row(window: list[dict[str, float]]) -> dict[str, float]:

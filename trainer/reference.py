@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -123,11 +123,6 @@ def _second_model(
     config: RunConfig, policy: PreferenceModel, accelerator: Accelerator
 ) -> PreferenceModel:
     """A frozen model of its own, with the policy's loss."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise InputError(
-            "reference: a second model is whole on every rank, which DeepSpeed does not allow; "
-            "use precomputed, without ref_model_name_or_path"
-        )
     frozen = PreferenceModel(load_model(locate_model(config), config), policy.options)
     return frozen.requires_grad_(False).eval().to(accelerator.device)
 

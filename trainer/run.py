@@ -21,11 +21,11 @@ if not __package__:  # run as a script: import from the repository, not from thi
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from trainer import card, checkpoint, distributed, preview, report
+from trainer import card, checkpoint, distributed, preview, report, zero3
 from trainer.adapters import add_adapters
 from trainer.config import InputError, RunConfig
 from trainer.encoding import encode_rows, use_chat_template
@@ -47,7 +47,7 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     """Run a config from files to a saved model; returns the rows of `metrics.jsonl`."""
     started = time.perf_counter()
     resumed = check(config)
-    sharded = distributed.take_request(config)
+    sharding = distributed.take_request(config)
     accelerator = start(config)
     options, source = loss_options(config), locate_model(config)
 
@@ -62,7 +62,7 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     policy = PreferenceModel(load_model(source, config), options, config.activation_offloading)
     check_model(policy.to(accelerator.device), splits["train"].pairs[0])
     reference = Reference(config, policy, tokenizer, splits, accelerator)
-    model, optimizer = prepare(policy, config, sharded, accelerator)
+    model, optimizer = prepare(policy, config, sharding, accelerator)
     reference.attach(model, splits, plans)
     schedule = make_schedule(optimizer, config, len(plans["train"]))
     training = Training(model, optimizer, schedule, log)
@@ -136,14 +136,16 @@ def open_log(
 
 
 def prepare(
-    policy: PreferenceModel, config: RunConfig, sharded: bool, accelerator: Accelerator
+    policy: PreferenceModel, config: RunConfig, sharding: str | None, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model to train, with adapters, compiled, under DDP or sharded, and its optimizer."""
     if config.torch_compile:
         compile_layers(policy)
     if config.use_peft:
         policy.model = add_adapters(policy.model, config)
-    if sharded:
+    if sharding == "zero3":
+        return zero3.partition(policy, make_optimizer(policy, config), config)
+    if sharding == "fsdp2":
         model = distributed.shard(policy, accelerator)
         return model, make_optimizer(model, config)
     return accelerator.prepare(policy, make_optimizer(policy, config))
@@ -224,10 +226,6 @@ def start(config: RunConfig) -> Accelerator:
         log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
     )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise InputError(
-            "DeepSpeed: the trainer shards with FSDP2 only, as trainer/accelerate/fsdp2.yaml does"
-        )
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != asked:
         raise InputError(f"{asked} processes were asked for, {accelerator.num_processes} started")
