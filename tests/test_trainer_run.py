@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from trainer_tiny import record, save_tiny, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,6 +79,14 @@ def finished(tiny, tmp_path_factory):
     rows = run.run(parse_config([*tiny, "--output_dir", str(folder), "--eval_steps", "4"]))
     yield folder, rows
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate keeps the first precision of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_run_writes_what_it_promises(finished):
@@ -221,6 +230,18 @@ def test_bad_input_is_one_message_not_a_traceback(tiny, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run.main()
     assert stop.value.code == "error: learning_rate: expected a number > 0, got -1.0"
+
+
+@pytest.mark.parametrize(
+    "launched, dtype", [("fp16", "float32"), ("fp16", "bfloat16"), ("bf16", "float32")]
+)
+def test_a_precision_of_accelerate_launch_is_not_ignored(
+    tiny, fresh_accelerator, monkeypatch, launched, dtype
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    wanted = f"mixed_precision: expected no, as dtype is {dtype}, got {launched}; set it to no"
+    with pytest.raises(InputError, match=wanted):
+        run.run(parse_config([*tiny, "--dtype", dtype, "--dry_run"]))
 
 
 def test_two_processes_train_as_one(finished, tiny, tmp_path):

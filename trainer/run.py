@@ -229,6 +229,12 @@ def start(config: RunConfig) -> Accelerator:
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != asked:
         raise InputError(f"{asked} processes were asked for, {accelerator.num_processes} started")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", accelerator.mixed_precision):
+        raise InputError(
+            f"mixed_precision: expected no, as dtype is {config.dtype}, got {launched}; set it to "
+            "no in accelerate's config, and the precision by dtype"
+        )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
