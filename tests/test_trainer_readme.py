@@ -1,0 +1,26 @@
+"""trainer/README.md stays true: what it follows a batch through exists, and so do its links."""
+
+import importlib
+import re
+
+import pytest
+
+from trainer.config import ROOT
+
+FOLDER = ROOT / "trainer"
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+BATCH = README.split("## One batch, from file to gradient\n")[1].split("\n## ")[0]
+STOPS = [x for x in re.findall(r"`(\w+)\.([A-Za-z_.]+)`", BATCH) if x != ("metrics", "jsonl")]
+
+
+@pytest.mark.parametrize(("module", "name"), STOPS)
+def test_the_way_of_a_batch_leads_through_what_exists(module, name):
+    found = importlib.import_module(module if module == "rpo_kernels" else f"trainer.{module}")
+    for attribute in name.split("."):
+        found = getattr(found, attribute)
+    assert callable(found)
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))
+def test_links_lead_to_files(target):
+    assert (FOLDER / target).exists()
