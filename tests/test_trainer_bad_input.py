@@ -109,7 +109,7 @@ BAD = [
         {"sft_reduction": "mean"},
         "expected one of sum, sequence_mean, token_mean, got 'mean'",
     ),
-    (fields, {"dtype": "fp16"}, "dtype: expected one of float32, bfloat16, got 'fp16'"),
+    (fields, {"dtype": "fp16"}, "dtype: expected one of float32, bfloat16, float16, got 'fp16'"),
     (
         fields,
         {"optim": "adam"},

@@ -4,7 +4,7 @@
         progress.json    step, rows of metrics and samples so far, steps not yet in a row,
                          fingerprint
         weights/         model and optimizer; every rank writes its part, any number can read them
-        rank-0.pt, ...   learning-rate schedule and random states of each process
+        rank-0.pt, ...   schedule, float16's loss scale, random states of each process
 
 A folder of that name is complete: it is written and flushed under another name, then renamed. The
 rest of a run (plan, data, reference) follows from its config and data; a checkpoint holds a
@@ -128,6 +128,7 @@ def save(
     else:
         dcp.save(_weights(training), checkpoint_id=draft / WEIGHTS_FOLDER)
     own = {"schedule": training.schedule.state_dict(), "random": _random_state()}
+    own |= {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}
     torch.save(own, draft / f"rank-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -170,6 +171,8 @@ def load(training: Training, folder: Path, accelerator: Accelerator) -> None:
     own = folder / f"rank-{accelerator.process_index}.pt"
     state = torch.load(own if own.exists() else folder / "rank-0.pt", weights_only=True)
     training.schedule.load_state_dict(state["schedule"])
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
     if own.exists():  # a process that the checkpoint does not know keeps its seed
         _set_random_state(state["random"])
 

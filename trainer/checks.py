@@ -101,8 +101,8 @@ IMPOSSIBLE: dict[str, Callable[[RunConfig], bool]] = {
     ),
     "min_lr_rate: expected 0 with lr_scheduler_type {lr_scheduler_type}, as only cosine ends "
     "there, got {min_lr_rate}": lambda c: c.min_lr_rate > 0 and c.lr_scheduler_type != "cosine",
-    "model_dtype: expected float32 with dtype float32, got {model_dtype}": lambda c: (
-        c.dtype == "float32" and c.model_dtype != "float32"
+    "model_dtype: expected float32 with dtype {dtype}, got {model_dtype}": lambda c: (
+        c.dtype != "bfloat16" and c.model_dtype != "float32"
     ),
     "resume_from_checkpoint: expected null with overwrite_output_dir, which removes the run to go "
     "on with; drop one of the two": lambda c: (

@@ -139,8 +139,9 @@ class RunConfig:
     seed: int = 42
     """Seed of the order of the pairs and of every other random choice."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matmuls; bfloat16 is autocast, which keeps weights and sums as they are."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the matmuls; the last two are autocast, which keeps weights and sums as they are, and
+    float16, for GPUs without bfloat16, scales the loss and skips steps that overflow."""
     model_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the loaded weights, their gradients and moments; adapters are float32 beside any."""
     prefix_sharing: bool = True

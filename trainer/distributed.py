@@ -72,6 +72,11 @@ def take_request(config: RunConfig) -> str | None:
             raise InputError(f"{setting}: expected {value}, got {got}; set it in accelerate's file")
     if config.use_peft:
         raise InputError(f"use_peft: expected false with {how}; use trainer/accelerate/ddp.yaml")
+    if config.dtype == "float16":
+        raise InputError(
+            f"dtype: expected bfloat16 or float32 with {how}, as overflow on one rank is not told "
+            "to the others, got float16; change it, or use trainer/accelerate/ddp.yaml"
+        )
     if config.optim not in SHARDED_OPTIMIZERS:
         raise InputError(
             f"optim: expected {' or '.join(SHARDED_OPTIMIZERS)} with {how}, as a shard lacks what "

@@ -35,6 +35,8 @@ def check_layers(config: RunConfig) -> None:
             "torch_compile: checkpointed layers would run uncompiled; "
             "set it or gradient_checkpointing to false"
         )
+    if config.dtype == "float16" and not torch.cuda.is_available():
+        raise InputError("dtype: float16 needs a GPU, found none; use bfloat16 or float32")
     for name in ("activation_offloading", "use_liger_kernel"):
         if getattr(config, name) and not torch.cuda.is_available():
             raise InputError(f"{name}: expected a GPU, found none; set it to false")

@@ -178,42 +178,53 @@ def take_step(
     """
     started = time.perf_counter()
     values = named(run_step(training.model, split, step, accelerator, train=True))
-    learning_rate = training.schedule.get_last_lr()[0]
+    values["learning_rate"] = training.schedule.get_last_lr()[0]
     norm = update(training, values["loss"], config.max_grad_norm, accelerator)
-    training.schedule.step()
+    values |= {} if norm is None else {"grad_norm": norm}
+    values |= {} if accelerator.scaler is None else {"skipped_steps": float(norm is None)}
     training.step += 1
-    training.window.append(
-        values
-        | {
-            "grad_norm": norm,
-            "learning_rate": learning_rate,
-            "tokens": sum(split.pairs[i].tokens for i in step.indices),
-            "seconds": time.perf_counter() - started,
-        }
-    )
+    values["tokens"] = sum(split.pairs[i].tokens for i in step.indices)
+    values["seconds"] = time.perf_counter() - started
+    training.window.append(values)
 
 
-def update(training: Training, loss: float, max_norm: float, accelerator: Accelerator) -> float:
-    """Clip the gradients, step the optimizer, clear; returns the norm before clipping."""
+def update(
+    training: Training, loss: float, max_norm: float, accelerator: Accelerator
+) -> float | None:
+    """Clip the gradients, step optimizer and schedule, clear; returns the norm before clipping.
+
+    With float16, accelerate's scaler multiplies the loss, and divides the gradient before it is
+    clipped. Where the scaled gradient overflows, the scaler leaves out the optimizer's step and
+    halves its factor; the schedule waits, and there is no norm: None.
+    """
+    number, scaler = training.step + 1, accelerator.scaler
     if zero3.is_engine(training.model):  # does all of it in one; a NaN still ends the run
-        check_finite(training.step + 1, loss, 0.0)
+        check_finite(number, loss, 0.0)
         norm = zero3.update(training.model)
-        check_finite(training.step + 1, loss, norm)
+        check_finite(number, loss, norm)
+        training.schedule.step()
         return norm
     parameters = training.model.parameters()
     clipped = accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
     norm = distributed.norm_value(clipped)
-    check_finite(training.step + 1, loss, norm)
+    skipped = scaler is not None and scaler.get_scale() >= 1 and not math.isfinite(norm)
+    check_finite(number, loss, 0.0 if skipped else norm)
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
+    if skipped:
+        return None
+    training.schedule.step()
     return norm
 
 
 def mean_row(window: list[dict[str, float]]) -> dict[str, float]:
-    """The row of several steps: means, the last learning rate, and throughput."""
-    seconds = sum(step["seconds"] for step in window)
-    names = [name for name in (*METRICS, "grad_norm") if name in window[0]]
-    row = {name: sum(step[name] for step in window) / len(window) for name in names}
+    """The row of several steps: means, skipped steps, the last learning rate, and throughput."""
+    seconds, row = sum(step["seconds"] for step in window), {}
+    for name in (*METRICS, "grad_norm"):  # the last is not defined for a skipped step
+        if found := [step[name] for step in window if name in step]:
+            row[name] = sum(found) / len(found)
+    if "skipped_steps" in window[0]:
+        row["skipped_steps"] = sum(step["skipped_steps"] for step in window)
     return row | {
         "learning_rate": window[-1]["learning_rate"],
         "tokens_per_second": sum(step["tokens"] for step in window) / seconds,

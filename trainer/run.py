@@ -219,9 +219,8 @@ def keep_freed_memory() -> None:
 
 def start(config: RunConfig) -> Accelerator:
     """Seed everything, choose precision and CPU threads."""
-    precision = "bf16" if config.dtype == "bfloat16" else "no"
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision={"bfloat16": "bf16", "float16": "fp16"}.get(config.dtype, "no"),
         cpu=not torch.cuda.is_available(),
         log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
