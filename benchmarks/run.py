@@ -79,8 +79,10 @@ def run_case(
     marker = path.with_suffix(".doing")
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + (budget_s or float("inf"))
-    for at in range(len(document["runs"]), len(specs)):
-        spec = specs[at]
+    measured = [run["spec"] for run in document["runs"]]
+    for at, spec in enumerate(specs):
+        if spec.record() in measured:
+            continue
         names = names_of(case, spec, list(implementations))
         print(f"{case} {at + 1}/{len(specs)}: {spec}", flush=True)
         if budget_s:
