@@ -108,8 +108,7 @@ def draw(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
         row[0].legend(fontsize="small")
         for axes in row:
             axes.axhline(0, color="0.6", lw=0.8, zorder=0)
-    seeds = len(next(iter(groups.values())))
-    figure.suptitle(f"mean of {seeds} seeds; bands: their range")
+    figure.suptitle("means over seeds; bands: their range")
     figure.savefig(path, dpi=110)
 
 
