@@ -195,10 +195,12 @@ def worker(name: str, dtype: str, folder: Path, threads: int) -> None:
 
 
 def agreement(runs: dict[str, dict]) -> None:
-    """Note every run's largest relative difference in loss to TRL with a cached reference."""
+    """Note every run's largest relative difference in loss to TRL with a cached reference; another
+    optimizer's losses are its own.
+    """
     base = runs.get("TRL, reference precomputed", {}).get("losses")
-    for run in runs.values():
-        if base and run["status"] == "ok":
+    for name, run in runs.items():
+        if base and run["status"] == "ok" and "optim" not in OURS.get(name, {}):
             pairs = zip(run["losses"], base, strict=True)
             run["loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
 
