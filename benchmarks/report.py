@@ -234,7 +234,7 @@ def end_to_end_section(document: dict) -> str:
         for name, run in runs.items():
             label = f"{name}, {dtype}"
             if run["status"] != "ok":
-                rows.append([label, run["status"], "–", "–", "–"])
+                rows.append([label, run["status"], *["–"] * 4])
                 continue
             base = runs["TRL, reference precomputed"]["pairs_per_second"]
             rows.append(
@@ -243,16 +243,19 @@ def end_to_end_section(document: dict) -> str:
                     number(run["median_s"]),
                     number(run["pairs_per_second"] / base),
                     number(run["peak_bytes"] / 1e9),
+                    number(run.get("first_difference"), 2),
                     number(run.get("loss_difference"), 2),
                 ]
             )
-    head = ["trainer", "s / step", "pairs/s of TRL", "peak GB", "loss difference"]
+    head = ["trainer", "s / step", "pairs/s of TRL", "peak GB", "first loss against TRL"]
+    head += ["all losses against TRL in float32"]
     how = (
         f"{settings['pairs']} pairs a step cut to {settings['max_length']} tokens, "
         f"{settings['steps'] - 1} timed steps of SmolLM2-135M, a process each"
     )
     intro = (
-        "Whole training steps, DPO plus SFT, against TRL's `DPOTrainer`: same pairs, same losses."
+        "Whole training steps, DPO plus SFT, against TRL's `DPOTrainer`: same pairs, same losses "
+        "(relative differences, the largest of all steps in the last column)."
     )
     return "\n\n".join([intro, grid(head, rows), provenance(document, how)])
 

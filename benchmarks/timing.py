@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import statistics
 import threading
 import time
@@ -53,8 +54,8 @@ def interleave(
     deadline: float = float("inf"),
     doing: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Time every call once per round, in an order that rotates, so that drift of the machine hits
-    all alike.
+    """Time every call once per round, in an order drawn anew each round, the same in every session:
+    drift of the machine, and memory that the call before gave back, hit all alike.
 
     A call that raises is reported to `failed` and left out from then on; at the deadline (of
     `time.monotonic`) it stops.
@@ -62,9 +63,7 @@ def interleave(
     calls = dict(calls)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
-        names = list(calls)
-        start = turn % max(len(names), 1)
-        for name in names[start:] + names[:start]:
+        for name in random.Random(turn).sample(list(calls), len(calls)):
             if time.monotonic() > deadline:
                 return {name: found for name, found in samples.items() if found}
             doing(name)

@@ -219,10 +219,25 @@ def test_whole_steps_are_compared_and_reported(tmp_path):
     assert run["status"] == "ok", run
     assert len(run["losses"]) == len(run["seconds"]) == 3 and run["peak_bytes"] > 1e8
     other = run | {"losses": [1.01 * x for x in run["losses"]]}
-    runs = {"TRL, reference precomputed": run.copy(), name: run.copy(), "ours, low memory": other}
-    end_to_end.agreement(runs)
+    runs = {end_to_end.BASE: run.copy(), name: run.copy(), "ours, low memory": other}
+    end_to_end.agreement({"float32": runs})
     lines = end_to_end.table(runs, "float32").splitlines()
     assert [line.endswith("DISAGREES") for line in lines] == [False, False, False, True]
+
+    def drifting(by, first=0.0):
+        """A run whose first loss is off by `first`, and the others by `by`."""
+        head, *rest = run["losses"]
+        return run | {"losses": [head * (1 + first), *(x * (1 + by) for x in rest)]}
+
+    half = {
+        end_to_end.BASE: drifting(0.01),
+        name: drifting(-0.019),
+        "ours, separate sequences": drifting(0.021),
+        "ours, low memory": drifting(0.0, first=0.002),
+    }
+    end_to_end.agreement({"float32": runs, "bfloat16": half})
+    lines = end_to_end.table(half, "bfloat16").splitlines()
+    assert [line.endswith("DISAGREES") for line in lines] == [False, False, False, True, True]
     failed = {"TRL, reference online": {"status": "failed", "reason": "planted"}}
     document |= {"runs": {"float32": runs | failed}, "file": "x.json"}
     section = report.end_to_end_section(document)
