@@ -238,8 +238,9 @@ def table(runs: dict[str, dict], dtype: str) -> str:
         speed = run["pairs_per_second"]
         of_trl = speed / base["pairs_per_second"] if base.get("status") == "ok" else float("nan")
         differences = (run.get("first_difference"), run.get("loss_difference"))
+        peak = run["peak_bytes"] / 1e9
         lines.append(
-            f"{name:28}{run['median_s']:8.2f}{speed:9.3f}{of_trl:8.2f}{run['peak_bytes'] / 1e9:9.2f}"
+            f"{name:28}{run['median_s']:8.2f}{speed:9.3f}{of_trl:8.2f}{peak:9.2f}"
             + "".join(f"{'' if d is None else f'{d:.1e}':>12}" for d in differences)
             + ("" if agrees(run, base) else " DISAGREES")
         )

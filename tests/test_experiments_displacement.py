@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.trainer_tiny import save_tiny
+from trainer.evaluation.models import Source
 from trainer.experiments import arithmetic, displacement
 from trainer.experiments.displacement import METHODS, SFT_ALONE, Experiment
 from trainer.experiments.displacement_report import curves, report
@@ -100,4 +101,4 @@ def test_a_model_without_right_answers_is_reported(tmp_path, monkeypatch):
     save_tiny(tmp_path / "tiny")
     monkeypatch.setattr(displacement, "QUESTIONS", 4)
     with pytest.raises(RuntimeError, match="no question"):
-        displacement.sample_pairs(tmp_path / "tiny", 2)
+        displacement.sample_pairs(Source(str(tmp_path / "tiny")), 2)

@@ -1,9 +1,11 @@
 """DPO, RPO and SFT on a real model: what becomes of the chosen responses' log-probs.
 
-Three settings, each with several methods and seeds, from the default recipe's model:
+From the default recipe's model, several methods and seeds in every setting (`SETTINGS`):
 
     sums              fine-tuned on demonstrations; pairs are its own sampled answers to sums, right
                       over wrong (`arithmetic`)
+    sums, β = 0.5     the same with a larger β
+    sums, no SFT      the same pairs, answers of another model then, from the model as it comes
     written           fine-tuned on the chosen responses; pairs are those of the default recipe
     written, no SFT   the same pairs, from the model as it comes
 
@@ -18,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config import RunConfig
@@ -36,20 +40,35 @@ METHODS = {
     "RPO, sequence mean": {"eta": 1.0, "sft_reduction": "sequence_mean"},
     "SFT": {"eta": SFT_ALONE, "sft_reduction": "sum"},
 }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run starts from, its pairs, and the methods that are compared."""
+
+    pairs: str
+    """"sums" or "written"."""
+    sft: bool = True
+    """Whether the model is fine-tuned first, on demonstrations of the same kind."""
+    methods: tuple[str, ...] = ("DPO", "RPO, sum")
+    beta: float = 0.1
+
+
 SETTINGS = {
-    "sums": tuple(METHODS),
-    "written": ("DPO", "RPO, sum"),
-    "written, no SFT": ("DPO",),
+    "sums": Setting("sums", methods=tuple(METHODS)),
+    "sums, β = 0.5": Setting("sums", beta=0.5),
+    "sums, no SFT": Setting("sums", sft=False),
+    "written": Setting("written"),
+    "written, no SFT": Setting("written", sft=False),
 }
 TRAINING = {  # of every run; the learning rate is that of the preference stage
-    "beta": 0.1,
     "learning_rate": 1e-5,
     "warmup_ratio": 0.1,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
     "overwrite_output_dir": True,
 }
-EVALUATIONS = {"sums": 11, "written": 13, "written, no SFT": 13}  # steps between two
+EVALUATIONS = {"sums": 11, "written": 13}  # steps between two
 TRAIN_PAIRS, TEST_PAIRS = 256, 64
 DEMONSTRATIONS, TEST_QUESTIONS = 384, 128
 QUESTIONS = 512  # sampled at a time, until there are enough pairs
@@ -74,57 +93,69 @@ class Experiment:
         )
         return run(config)
 
-    def start(self, setting: str) -> tuple[dict[str, object], dict[str, object]]:
-        """Model and data fields of a setting's runs; made at the first call."""
-        if setting == "written, no SFT":
-            return self.base, self.written
-        folder = self.root / f"{setting}-start"
-        sums = {k: str(self.root / f"sums-{k}.jsonl") for k in ("demonstrations", "train", "test")}
+    def model(self, kind: str | None) -> dict[str, object]:
+        """Fields of the model fine-tuned on demonstrations of a kind, made at the first call; of
+        the recipe's own for None.
+        """
+        if kind is None:
+            return self.base
+        folder, data = self.root / f"{kind}-start", self.written["train_file"]
         if not (folder / "model").exists():
-            data = {"train_file": self.written["train_file"]}
-            if setting == "sums":
-                data = {"train_file": sums["demonstrations"]}
+            if kind == "sums":
                 asked = arithmetic.questions(DEMONSTRATIONS, seed=0)
-                write_rows(Path(sums["demonstrations"]), arithmetic.demonstrations(asked, seed=0))
-            sft = {"num_train_epochs": 2, "learning_rate": 5e-5 if setting == "sums" else 2e-5}
-            self.train(folder, **self.base, **data, **METHODS["SFT"], **sft)
-        model = {"model_name_or_path": str(folder / "model")}
-        if setting == "written":
-            return model, self.written
-        if not Path(sums["test"]).exists():
-            rows = sample_pairs(folder / "model", TRAIN_PAIRS + TEST_PAIRS)
-            write_rows(Path(sums["train"]), rows[:TRAIN_PAIRS])
-            write_rows(Path(sums["test"]), rows[TRAIN_PAIRS:])
-        return model, {"train_file": sums["train"], "eval_file": sums["test"]}
+                data = str(self.root / "sums-demonstrations.jsonl")
+                write_rows(Path(data), arithmetic.demonstrations(asked, seed=0))
+            sft = {"num_train_epochs": 2, "learning_rate": 5e-5 if kind == "sums" else 2e-5}
+            self.train(folder, **self.base, train_file=data, **METHODS["SFT"], **sft)
+        return {"model_name_or_path": str(folder / "model")}
 
-    def one(self, setting: str, method: str, seed: int) -> dict[str, object]:
+    def pairs(self, kind: str) -> dict[str, object]:
+        """Fields of the training and held-out pairs; sums are sampled at the first call."""
+        if kind == "written":
+            return self.written
+        train, test = (self.root / f"sums-{split}.jsonl" for split in ("train", "test"))
+        if not test.exists():
+            answering = str(self.model("sums")["model_name_or_path"])
+            rows = sample_pairs(Source(answering), TRAIN_PAIRS + TEST_PAIRS)
+            write_rows(train, rows[:TRAIN_PAIRS])
+            write_rows(test, rows[TRAIN_PAIRS:])
+        return {"train_file": str(train), "eval_file": str(test)}
+
+    def one(self, name: str, method: str, seed: int) -> dict[str, object]:
         """One run's curves and its share of right answers, kept in `result.json`."""
-        name = f"{setting}-{method}-{seed}".replace(", ", "-").replace(" ", "-")
-        kept = self.root / name / "result.json"
+        setting, folder = SETTINGS[name], self.root / slug(f"{name}-{method}-{seed}")
+        kept = folder / "result.json"
         if kept.exists():
             return json.loads(kept.read_text(encoding="utf-8"))
-        model, data = self.start(setting)
-        plan = {"eval_steps": EVALUATIONS[setting], "seed": seed}
-        rows = self.train(self.root / name, **model, **data, **METHODS[method], **plan)
-        result = {"setting": setting, "method": method, "seed": seed, "rows": rows}
-        if setting == "sums":
-            result["right_before"] = self.right_before()
-            result["right"] = share_right(self.root / name / "model")
-        shutil.rmtree(self.root / name / "model")  # half a gigabyte
+        fields = self.model(setting.pairs if setting.sft else None) | self.pairs(setting.pairs)
+        plan = {"eval_steps": EVALUATIONS[setting.pairs], "beta": setting.beta, "seed": seed}
+        rows = self.train(folder, **fields, **METHODS[method], **plan)
+        result = {"setting": name, "method": method, "seed": seed, "rows": rows}
+        if setting.pairs == "sums":
+            result["right_before"] = self.right_before(setting.sft)
+            result["right"] = share_right(Source(str(folder / "model")))
+        shutil.rmtree(folder / "model")  # half a gigabyte
         write_json(kept, result)
         return result
 
-    def right_before(self) -> float:
-        """The share of right answers of the model that `sums` starts from."""
-        kept = self.root / "sums-start" / "right.json"
+    def right_before(self, sft: bool) -> float:
+        """The share of right answers of the model that runs on sums start from."""
+        kept = self.root / f"right-{'fine-tuned' if sft else 'as-it-comes'}.json"
         if not kept.exists():
-            write_json(kept, share_right(self.root / "sums-start" / "model"))
+            fields = self.model("sums" if sft else None)
+            parts = (fields["model_name_or_path"], fields.get("gguf_file"))
+            write_json(kept, share_right(Source("/".join(str(part) for part in parts if part))))
         return json.loads(kept.read_text(encoding="utf-8"))
 
 
-def sample_pairs(model: Path, count: int) -> list[dict]:
+def slug(name: str) -> str:
+    """A folder name."""
+    return re.sub(r"[^\w.]+", "-", name)
+
+
+def sample_pairs(model: Source, count: int) -> list[dict]:
     """Pairs of a model's own answers; questions of one part are in no other part."""
-    policy, tokenizer = open_model(Source(str(model)), "questions")
+    policy, tokenizer = open_model(model, "questions")
     first, found = DEMONSTRATIONS + TEST_QUESTIONS, []
     while len(found) < count:
         asked = arithmetic.questions(first + QUESTIONS, seed=0)[first:]
@@ -137,9 +168,9 @@ def sample_pairs(model: Path, count: int) -> list[dict]:
     return found[:count]
 
 
-def share_right(model: Path) -> float:
+def share_right(model: Source) -> float:
     """Share of the test questions that a model's greedy answers get right."""
-    policy, tokenizer = open_model(Source(str(model)), "questions")
+    policy, tokenizer = open_model(model, "questions")
     asked = arithmetic.questions(DEMONSTRATIONS + TEST_QUESTIONS, seed=0)[DEMONSTRATIONS:]
     drawn = arithmetic.answers(policy, tokenizer, asked, samples=1, temperature=0.0, seed=0)
     right = [
@@ -163,7 +194,7 @@ def main() -> None:
         experiment.one(setting, method, seed)
         for seed in range(args.seeds)
         for setting in args.settings
-        for method in SETTINGS[setting]
+        for method in SETTINGS[setting].methods
     ]
     print(report(results, experiment.root))
 

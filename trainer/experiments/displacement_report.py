@@ -86,9 +86,8 @@ def to_text(summaries: list[dict]) -> str:
             text = f"{found[name]:+.2f}" if name in found else ""
             cells.append(f"{text + (f' ± {spread:.2f}' if spread is not None else ''):>16}")
         lines.append(f"{found['setting']:<17}{found['method']:<20}" + "".join(cells))
-    before = next((f["right_before"] for f in summaries if "right_before" in f), None)
-    if before is not None:
-        lines.append(f"right answers at the start: {before:.2f}")
+    before = {f["setting"]: f["right_before"] for f in summaries if "right_before" in f}
+    lines += [f"right answers at the start of {k}: {share:.2f}" for k, share in before.items()]
     return "\n".join(lines)
 
 
