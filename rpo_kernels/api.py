@@ -2,8 +2,8 @@
 operator.
 
     linear_logprobs         hidden, weight, targets            -> log-prob of every target
-    fused_rpo_loss          hidden, weight, labels, ref_logps  -> loss = preference + w * SFT,
-    metrics fused_preference_loss   the same engines for a loss function of one's own
+    fused_rpo_loss          hidden, weight, labels, ref_logps  -> preference + w * SFT, metrics
+    fused_preference_loss   the same engines for a loss function of one's own
 
 None of them ever holds logits: memory beyond inputs and gradients is bounded by `max_workspace_mb`.
 """
@@ -299,9 +299,8 @@ def fused_rpo_loss(
         backend,
     )  # fmt: skip
     dpo_loss, sft_loss, skipped = terms.detach().unbind()
-    table = pairs.detach().unbind(
-        1
-    )  # losses, SFT losses, log-probs and rewards of chosen and rejected
+    # columns: losses, SFT losses, log-probs and rewards of chosen and rejected
+    table = pairs.detach().unbind(1)
     gap, norm = table[4] - table[5], num_pairs or max(sequences // 2, 1)
     tie = (gap == 0) & ((table[2] != 0) | (table[3] != 0))  # a pair without tokens is none
     wins = (gap > 0).to(gap.dtype) + 0.5 * tie.to(gap.dtype)

@@ -9,7 +9,7 @@ chosen and rejected response, ``s(y) = sum_t log pi(y_t | x, y_<t)``; for the lo
 ``mean=True`` the same divided by the response's token count; for the reference-free ones ``s(y)``
 alone. The value and its two slopes stand side by side because that is all that a training
 step needs: every engine multiplies the slopes into the gradient of the log-probs, so no autograd
-    graph is ever built.
+graph is ever built.
 
 The functions use nothing but arithmetic and the five names imported below (`exp`, `log`, `relu`,
 `sigmoid`, `logsigmoid`) plus `where`, so that `backends.triton_backend` compiles *the same source*

@@ -1,8 +1,7 @@
-"""Log-probs of tokens, and their gradient by recomputation: 4U exact, for any upstream gradient
-(design of the engine).
+"""Log-probs of tokens, and their gradient by recomputation: 4U exact, for any upstream gradient.
 
 Forward, 1U: the backend walks the vocabulary in tiles and keeps three numbers a row, the pair
-    ``(c, S)`` of its log-sum-exp (see `panel`) and the target's logit.
+``(c, S)`` of its log-sum-exp (see `panel`) and the target's logit.
 
 Backward, 3U, for ``g = d loss / d logp``, one number a row. With ``P`` the softmax,
 
@@ -21,7 +20,7 @@ does not underflow and no denormals arise. The target's entry ``p - 1`` is place
 ``expm1(logp)``, accurate where ``p`` is close to 1.
 
 Memory: the panel with its operands within `max_bytes`, and `dH` in float32 (N x D, an accumulator)
-    where hidden is half.
+where hidden is half.
 """
 
 from __future__ import annotations

@@ -165,9 +165,7 @@ class Sweep:
         needs it: 2U.
         """
         scale = 1.0
-        if (
-            coef.device.type == "cpu" and coef.numel()
-        ):  # a power of two; on a GPU it would synchronize
+        if coef.device.type == "cpu" and coef.numel():  # on a GPU it would synchronize
             scale = 2.0 ** math.frexp(max(coef.abs().amax().item(), 1e-300))[1]
         unit = -coef / scale
         unit = torch.where(unit.abs() < 1e-20, 0, unit) / panel.sums
