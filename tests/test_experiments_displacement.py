@@ -50,6 +50,13 @@ def test_pairs_need_a_right_and_a_wrong_answer():
     assert row["rejected"] == [{"role": "assistant", "content": "0.5"}]
 
 
+def test_a_new_style_keeps_the_result():
+    row = arithmetic.questions(1, seed=0)[0].pair("7 * 6 = 42.", "7 * 6 = 48.")
+    other = arithmetic.restyled(row)
+    assert other["chosen"] == [{"role": "assistant", "content": "The answer is 42."}]
+    assert (other["prompt"], other["rejected"]) == (row["prompt"], row["rejected"])
+
+
 def test_sft_alone_is_supervised_fine_tuning(tmp_path):
     """Its updates are those of the SFT term: the rejected responses make no difference."""
     rows = arithmetic.demonstrations(arithmetic.questions(8, seed=0), seed=0)

@@ -92,10 +92,15 @@ def demonstrations(asked: list[Question], seed: int) -> list[dict]:
     ]
 
 
+def numbers(answer: str) -> list[int]:
+    """The integers of an answer."""
+    return [int(found) for found in re.findall(r"-?\d+", answer.replace(",", ""))]
+
+
 def is_right(answer: str, result: int) -> bool | None:
     """Whether the last number of an answer is the result; None without a number."""
-    numbers = re.findall(r"-?\d+", answer.replace(",", ""))
-    return int(numbers[-1]) == result if numbers else None
+    found = numbers(answer)
+    return found[-1] == result if found else None
 
 
 def answers(
@@ -137,3 +142,9 @@ def pairs(asked: list[Question], drawn: list[list[str | None]], seed: int) -> li
         if right and wrong:
             found.append(question.pair(rng.choice(right), rng.choice(wrong)))
     return found
+
+
+def restyled(row: dict) -> dict:
+    """The pair with its right answer as a sentence, where the other one stays an equation."""
+    result = numbers(row["chosen"][0]["content"])[-1]
+    return row | {"chosen": [{"role": "assistant", "content": f"The answer is {result}."}]}

@@ -5,7 +5,8 @@ From the default recipe's model, several methods and seeds in every setting (`SE
     sums              fine-tuned on demonstrations; pairs are its own sampled answers to sums, right
                       over wrong (`arithmetic`)
     sums, β = 0.5     the same with a larger β
-    sums, no SFT      the same pairs, answers of another model then, from the model as it comes
+    sums, new style   the same start; the chosen answers are written in a style that it never uses
+    sums, no SFT      the pairs of sums, answers of another model then, from the model as it comes
     written           fine-tuned on the chosen responses; pairs are those of the default recipe
     written, no SFT   the same pairs, from the model as it comes
 
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from trainer.config import RunConfig
 from trainer.evaluation.models import Source, open_model
-from trainer.evaluation.records import open_folder, write_json, write_rows
+from trainer.evaluation.records import open_folder, read_jsonl, write_json, write_rows
 from trainer.experiments import arithmetic
 from trainer.experiments.displacement_report import report
 from trainer.recipe import parse_config
@@ -47,9 +48,9 @@ class Setting:
     """What a run starts from, its pairs, and the methods that are compared."""
 
     pairs: str
-    """"sums" or "written"."""
+    """"sums", "restyled" (sums in a new style) or "written"."""
     sft: bool = True
-    """Whether the model is fine-tuned first, on demonstrations of the same kind."""
+    """Whether the model is fine-tuned first, on demonstrations of sums, or on those written."""
     methods: tuple[str, ...] = ("DPO", "RPO, sum")
     beta: float = 0.1
 
@@ -57,6 +58,7 @@ class Setting:
 SETTINGS = {
     "sums": Setting("sums", methods=tuple(METHODS)),
     "sums, β = 0.5": Setting("sums", beta=0.5),
+    "sums, new style": Setting("restyled"),
     "sums, no SFT": Setting("sums", sft=False),
     "written": Setting("written"),
     "written, no SFT": Setting("written", sft=False),
@@ -68,7 +70,7 @@ TRAINING = {  # of every run; the learning rate is that of the preference stage
     "per_device_eval_batch_size": 16,
     "overwrite_output_dir": True,
 }
-EVALUATIONS = {"sums": 11, "written": 13}  # steps between two
+EVALUATIONS = {"sums": 11, "restyled": 11, "written": 13}  # steps between two
 TRAIN_PAIRS, TEST_PAIRS = 256, 64
 DEMONSTRATIONS, TEST_QUESTIONS = 384, 128
 QUESTIONS = 512  # sampled at a time, until there are enough pairs
@@ -113,10 +115,15 @@ class Experiment:
         """Fields of the training and held-out pairs; sums are sampled at the first call."""
         if kind == "written":
             return self.written
-        train, test = (self.root / f"sums-{split}.jsonl" for split in ("train", "test"))
+        train, test = (self.root / f"{kind}-{split}.jsonl" for split in ("train", "test"))
         if not test.exists():
-            answering = str(self.model("sums")["model_name_or_path"])
-            rows = sample_pairs(Source(answering), TRAIN_PAIRS + TEST_PAIRS)
+            if kind == "restyled":
+                files = self.pairs("sums")
+                both = [read_jsonl(str(files[split])) for split in ("train_file", "eval_file")]
+                rows = [arithmetic.restyled(row) for found in both for _, row in found]
+            else:
+                answering = str(self.model("sums")["model_name_or_path"])
+                rows = sample_pairs(Source(answering), TRAIN_PAIRS + TEST_PAIRS)
             write_rows(train, rows[:TRAIN_PAIRS])
             write_rows(test, rows[TRAIN_PAIRS:])
         return {"train_file": str(train), "eval_file": str(test)}
@@ -127,11 +134,13 @@ class Experiment:
         kept = folder / "result.json"
         if kept.exists():
             return json.loads(kept.read_text(encoding="utf-8"))
-        fields = self.model(setting.pairs if setting.sft else None) | self.pairs(setting.pairs)
+        on_sums = setting.pairs != "written"
+        start = ("sums" if on_sums else "written") if setting.sft else None
+        fields = self.model(start) | self.pairs(setting.pairs)
         plan = {"eval_steps": EVALUATIONS[setting.pairs], "beta": setting.beta, "seed": seed}
         rows = self.train(folder, **fields, **METHODS[method], **plan)
         result = {"setting": name, "method": method, "seed": seed, "rows": rows}
-        if setting.pairs == "sums":
+        if on_sums:
             result["right_before"] = self.right_before(setting.sft)
             result["right"] = share_right(Source(str(folder / "model")))
         shutil.rmtree(folder / "model")  # half a gigabyte
