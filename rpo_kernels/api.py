@@ -89,6 +89,7 @@ def _strategy(
     weight: Tensor,
     dtype: torch.dtype,
     rows: int,
+    sequences: int,
     max_bytes: int,
     needs: list[bool],
     tolerance: float,
@@ -109,11 +110,21 @@ def _strategy(
         slow = dtype == torch.float16 or thin or rounds or heavy
         asked = "recompute" if slow else "stream"
     if asked == "recompute" and tolerance:
-        _check_block(room, vocab, max_bytes)
+        _check_blocks(room, rows, sequences, vocab, max_bytes)
     return asked
 
 
-def _check_block(room: int, vocab: int, max_bytes: int) -> None:
+def _check_blocks(room: int, rows: int, sequences: int, vocab: int, max_bytes: int) -> None:
+    """What skipping needs when gradients are recomputed: a block of rows in the workspace, and a
+    mask of what each block keeps that is no larger.
+    """
+    mask = (rows // BLOCK + sequences + 1) * vocab
+    if mask > max_bytes:
+        raise ValueError(
+            f"max_workspace_mb: grad_tolerance > 0 with gradients recomputed expected room for its "
+            f"mask, ({rows} rows / {BLOCK} + {sequences} sequences) x {vocab} bytes, got "
+            f"{max_bytes / 2**20:.1f} MiB; raise it, or use strategy='stream' or grad_tolerance=0"
+        )
     if room < BLOCK:
         raise ValueError(
             f"max_workspace_mb: grad_tolerance > 0 expected room for {BLOCK} rows of the vocabulary"
@@ -152,10 +163,10 @@ def linear_logprobs(
         logit_softcap: ``z = cap * tanh(z / cap)`` after the scale (Gemma 2), or None.
         validate: check that targets lie in [0, V), in the one device synchronization a call makes
             anyway.
-        grad_tolerance: share of dlogits' L1 mass that backward may leave out of every block of 256
-            rows (`rpo_kernels.engines.skipping`); 0 is exact. Above 0, backward costs 3 s U, s the
-            share of vocabulary entries kept, and takes a float32 accumulator for half-precision
-            weights.
+        grad_tolerance: share of dlogits' L1 mass, for equal upstream gradients, that backward may
+            leave out of every block of 256 rows (`rpo_kernels.engines.skipping`); 0 is exact. Above
+            0, backward costs 3 s U, s the share of vocabulary entries kept, and takes a float32
+            accumulator for half-precision weights.
         max_workspace_mb: bound on temporary memory in MiB; default 512 on CPU, 1024 elsewhere. In
             backward a float32 accumulator for hidden's gradient (N x D) comes on top where hidden
             is half precision.
@@ -177,10 +188,11 @@ def linear_logprobs(
     dtype, max_bytes = _compute_dtype(hidden, weight), _workspace(hidden, max_workspace_mb)
     if grad_tolerance:
         vocab, width = weight.shape
-        _check_block(capacity(vocab, width, dtype.itemsize, max_bytes), vocab, max_bytes)
+        room = capacity(vocab, width, dtype.itemsize, max_bytes)
+        _check_blocks(room, rows.shape[0], 1, vocab, max_bytes)
     logps, *_ = ops.linear_logprobs(
         rows, weight, labels, bias, ignore_index, float(logit_scale), logit_softcap, dtype,
-        validate, float(grad_tolerance), max_bytes, backend,
+        validate, float(grad_tolerance), max_bytes, backend, None,
     )  # fmt: skip
     return logps.view(targets.shape)
 
@@ -291,7 +303,8 @@ def fused_rpo_loss(
     gamma = 0.5 if simpo_gamma is None else float(simpo_gamma)
     dtype, max_bytes = _compute_dtype(hidden, weight), _workspace(hidden, max_workspace_mb)
     needs, tolerance = _needs(hidden, weight, bias), float(grad_tolerance)
-    how = _strategy(strategy, weight, dtype, rows.shape[0], max_bytes, needs, tolerance)
+    size = (rows.shape[0], sequences)
+    how = _strategy(strategy, weight, dtype, *size, max_bytes, needs, tolerance)
     loss, terms, pairs, *_ = ops.preference_loss(
         rows, weight, flat_labels, cu_seqlens, ref_logps, bias, ignore_index, float(logit_scale),
         logit_softcap, dtype, loss_type, float(beta), float(label_smoothing), gamma, weight_sft,
@@ -302,7 +315,9 @@ def fused_rpo_loss(
     # columns: losses, SFT losses, log-probs and rewards of chosen and rejected
     table = pairs.detach().unbind(1)
     gap, norm = table[4] - table[5], num_pairs or max(sequences // 2, 1)
-    tie = (gap == 0) & ((table[2] != 0) | (table[3] != 0))  # a pair without tokens is none
+    ends = torch.cat([cu_seqlens.new_zeros(1), (flat_labels != ignore_index).cumsum(0)])
+    tokens = ends[cu_seqlens.long()].diff().view(2, -1).sum(0)
+    tie = (gap == 0) & (tokens > 0)  # a pair without tokens is none
     wins = (gap > 0).to(gap.dtype) + 0.5 * tie.to(gap.dtype)
     metrics = (*table[2:], wins.sum() / norm, gap.sum() / norm, skipped)
     return RPOOutput(loss, dpo_loss, sft_loss, *metrics)
@@ -370,14 +385,14 @@ def fused_preference_loss(
                 "got 'stream'"
             )
         strategy = "recompute"
-    how = _strategy(strategy, weight, dtype, rows.shape[0], max_bytes, needs, tolerance)
+    how = _strategy(strategy, weight, dtype, rows.shape[0], 2 * pairs, max_bytes, needs, tolerance)
     layer = (ignore_index, float(logit_scale), logit_softcap, dtype, validate)
     run = (tolerance, max_bytes, backend)
     if how == "stream":
         return CustomLoss.apply(
             rows, weight, bias, flat_labels, cu_seqlens, layer, run, loss_fn, norm, needs
         )
-    logps, *_ = ops.linear_logprobs(rows, weight, flat_labels, bias, *layer, *run)
+    logps, *_ = ops.linear_logprobs(rows, weight, flat_labels, bias, *layer, *run, cu_seqlens)
     sums = ops.sequence_sums(logps, cu_seqlens).view(2, pairs)
     kept = (flat_labels != ignore_index).to(logps.dtype)
     counts = ops.sequence_sums(kept, cu_seqlens).view(2, pairs)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from rpo_kernels.backends import BACKENDS
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
@@ -28,6 +29,13 @@ def _number(name: str, value: object, expected: str, fits: Callable[[float], boo
         _fail(name, expected, value)
 
 
+def check_reverse_mode(**tensors: Tensor | None) -> None:
+    """Refuse tangents, which an operator without forward-mode derivatives would drop."""
+    for name, tensor in tensors.items():
+        if tensor is not None and unpack_dual(tensor).tangent is not None:
+            _fail(name, "a tensor without a tangent: there is no forward-mode derivative", "one")
+
+
 def check_head(
     hidden: Tensor,
     weight: Tensor,
@@ -43,6 +51,8 @@ def check_head(
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
         if not isinstance(tensor, Tensor):
             _fail(name, "a torch.Tensor", type(tensor).__name__, TypeError)
+    if not torch.compiler.is_compiling():
+        check_reverse_mode(hidden=hidden, weight=weight, bias=bias)
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if tensor.dtype not in FLOATS:
             _fail(
@@ -253,3 +263,27 @@ def pair_losses(loss_fn: Callable, logps: Tensor, counts: Tensor, index: Tensor)
             getattr(losses, "shape", type(losses)),
         )
     return losses
+
+
+def check_leaves(losses: Tensor, logps: Tensor) -> None:
+    """Refuse losses (b,) with a gradient to anything but the leaf `logps`, or none to it: streaming
+    would drop it.
+    """
+    nodes, seen, reached = [losses.grad_fn], set(), False
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", logps)
+        if leaf is not logps:
+            _fail(
+                "loss_fn",
+                "no gradient to other tensors than logps while streaming (detach them, or pass "
+                "strategy='recompute')",
+                f"a result that depends on one of shape {tuple(leaf.shape)} that requires it",
+            )
+        reached |= hasattr(node, "variable")
+        nodes += [following for following, _ in node.next_functions]
+    if not reached:
+        _fail("loss_fn", "losses that depend on logps", "a result without a gradient to it")

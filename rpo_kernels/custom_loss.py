@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rpo_kernels.backends import select
-from rpo_kernels.checks import pair_losses
+from rpo_kernels.checks import check_leaves, pair_losses
 from rpo_kernels.engines import streaming
 from rpo_kernels.ops import ONCE, sequence_sums
 from rpo_kernels.rows import keep_rows
@@ -31,20 +31,21 @@ class CustomLoss(torch.autograd.Function):
         def settle(first: int, last: int, logps: Tensor) -> tuple[Tensor, Tensor]:
             counts = lengths[:, first:last]
             edges = torch.cat([counts.new_zeros(1), counts.flatten().cumsum(0)])
-            sums = sequence_sums(logps, edges)
-            with torch.enable_grad():
-                leaf = sums.view(2, last - first).requires_grad_()
-                losses = pair_losses(
-                    loss_fn,
-                    leaf,
-                    counts.to(leaf.dtype),
-                    torch.arange(first, last, device=hidden.device),
-                )
-                (slopes,) = torch.autograd.grad(losses.sum() / norm, leaf)
+            sums = sequence_sums(logps, edges).view(2, last - first)
+            given = counts.to(sums.dtype), torch.arange(first, last, device=hidden.device)
+            if not any(needs):
+                losses, slopes = pair_losses(loss_fn, sums, *given), torch.zeros_like(sums)
+            else:
+                with torch.enable_grad():
+                    leaf = sums.requires_grad_()
+                    losses = pair_losses(loss_fn, leaf, *given)
+                    check_leaves(losses, leaf)
+                    (slopes,) = torch.autograd.grad(losses.sum() / norm, leaf)
             coef = torch.repeat_interleave(
                 slopes.flatten(), counts.flatten(), output_size=logps.shape[0]
             )
-            return torch.stack([losses.detach().to(leaf.dtype), *leaf.detach()], dim=1), coef
+            sums, losses = sums.detach(), losses.detach().to(sums.dtype)
+            return torch.stack([losses, *sums], dim=1), coef
 
         head = Head(weight, bias, Transform(scale, softcap), dtype, max_bytes // 8)
         with torch.autocast(hidden.device.type, enabled=False):

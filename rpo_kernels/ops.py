@@ -87,23 +87,30 @@ def linear_logprobs(
     tolerance: float,
     max_bytes: int,
     backend: str,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of `targets` (M,) under ``softmax(transform(hidden (M, D) @ weight (V, D)^T))``.
 
     Returns ``logps (M,)`` and ``norm (M, 2)`` (see `recompute`), both 0 where ignored, and the
-    vocabulary entries that backward keeps.
+    vocabulary entries that backward keeps, chosen per sequence of `cu_seqlens` (S + 1,) if given.
     """
     module = select(backend, hidden)
-    rows, offsets = keep_rows(targets, weight.shape[0], ignore_index, validate)
+    rows, offsets = keep_rows(targets, weight.shape[0], ignore_index, validate, cu_seqlens)
     head = Head(weight, bias, Transform(scale, softcap), dtype, max_bytes // 8)
-    logps, norm, keep, _ = _log_probs(hidden, rows, offsets, head, module, max_bytes, tolerance, 1)
+    logps, norm, keep, _ = _log_probs(
+        hidden, rows, offsets, head, module, max_bytes, tolerance, len(offsets) - 1
+    )
     return rows.spread(logps, targets.shape[0]), rows.spread(norm, targets.shape[0]), keep
 
 
 @linear_logprobs.register_fake
-def _(hidden, weight, targets, bias, ignore_index, scale, softcap, dtype, validate, tolerance, *_):
+def _(
+    hidden, weight, targets, bias, ignore_index, scale, softcap, dtype, validate, tolerance,
+    max_bytes, backend, cu_seqlens=None,
+):  # fmt: skip
     logps = hidden.new_empty(targets.shape, dtype=accumulator_dtype(dtype))
-    shape = _kept_shape(hidden.shape[0], 1, weight.shape[0], tolerance)
+    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = _kept_shape(hidden.shape[0], sequences, weight.shape[0], tolerance)
     norm = logps.new_empty(*targets.shape, 2)
     return logps, norm, hidden.new_empty(shape, dtype=torch.bool)
 
@@ -154,9 +161,9 @@ def _(grad, logps, norm, keep, hidden, weight, targets, bias, *rest):
 
 
 def _save_logprobs(ctx, inputs, output):
-    hidden, weight, targets, bias, ignore_index, scale, softcap, dtype, _, *rest = inputs
-    ctx.rest = (None, ignore_index, scale, softcap, dtype, *rest)
-    ctx.save_for_backward(*output, hidden, weight, targets, bias)
+    hidden, weight, targets, bias, ignore_index, scale, softcap, dtype, _, *rest, ends = inputs
+    ctx.rest = (ignore_index, scale, softcap, dtype, *rest)
+    ctx.save_for_backward(*output, hidden, weight, targets, bias, ends)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -165,11 +172,11 @@ def _grad_logprobs(ctx, grad, *_):
     if torch.is_grad_enabled():
         raise RuntimeError(ONCE)
     if grad is None:
-        return (None,) * 12
+        return (None,) * 13
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     found = linear_logprobs_backward(grad, *ctx.saved_tensors, *ctx.rest, needs)
     grads = [x if need else None for x, need in zip(found, needs, strict=True)]
-    return grads[0], grads[1], None, grads[2], *[None] * 8
+    return grads[0], grads[1], None, grads[2], *[None] * 9
 
 
 linear_logprobs.register_autograd(_grad_logprobs, setup_context=_save_logprobs)

@@ -62,14 +62,20 @@ class Cost(NamedTuple):
 
 
 def streaming(shape: Shape) -> Cost:
-    """3U (frozen 2U): a panel, and accumulators where a pair or the batch exceeds it."""
+    """3U (frozen 2U): a panel, and accumulators where a pair or the batch exceeds it; in half
+    precision one for the hidden states of such a pair too.
+    """
     room = capacity(shape.vocab, shape.width, shape.itemsize, shape.max_bytes)
     pair = 2 * shape.response
     together = room if pair > room else room // pair * pair  # whole pairs, or a part of one
+    if not room:
+        return Cost("stream", "stream", 2 if shape.frozen else 3, math.inf)  # an error
     extra = min(shape.rows, together) * (
         shape.vocab * shape.itemsize + shape.width * (2 * shape.itemsize + 16)
     )
     parameters = shape.vocab * shape.width
+    if pair > room and shape.itemsize < 4:
+        extra += 4 * pair * shape.width
     if not shape.frozen and shape.rows > together:
         extra += 8 * parameters if pair > room else 0
         extra += 4 * parameters if shape.itemsize < 4 else 0
@@ -112,10 +118,14 @@ def estimates(path: Path, shape: Shape, dtype: str) -> tuple[dict[str, float], s
     Raises:
         SystemExit: the file holds no problem of this dtype and kind of head.
     """
-    document = json.loads(path.read_text())
+    try:
+        document = json.loads(path.read_text())
+        results = document["runs"], document["device"]["name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--results: {path}: not a results file: {error!r}") from None
     runs = [
         run
-        for run in document["runs"]
+        for run in results[0]
         if (run["spec"]["dtype"], run["spec"]["frozen"]) == (dtype, shape.frozen)
         and run["spec"]["timed"]
     ]
@@ -137,19 +147,23 @@ def estimates(path: Path, shape: Shape, dtype: str) -> tuple[dict[str, float], s
         if found:
             work = now.units * shape.unit / (past.units * then.unit)
             seconds[now.key] = found["median"] * work
-    return seconds, document["device"]["name"]
+    return seconds, results[1]
 
 
 def read_config(path: str) -> tuple[int, int]:
     """``(hidden size, vocabulary size)`` of a model folder or config.json."""
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
-    config = json.loads(file.read_text())
-    config = config.get("text_config", config)
     try:
-        return config.get("hidden_size", config.get("n_embd")) or 0, config["vocab_size"]
-    except KeyError as missing:
-        raise SystemExit(f"{file}: expected a model config with {missing}") from None
+        config = json.loads(file.read_text())
+        config = config.get("text_config") or config
+    except (OSError, ValueError, AttributeError) as error:
+        raise SystemExit(f"--config: {file}: not a model config: {error}") from None
+    names = ("hidden_size", "n_embd", "d_model")
+    width = next((config[name] for name in names if config.get(name)), None)
+    if not width or not config.get("vocab_size"):
+        raise SystemExit(f"--config: {file}: expected vocab_size and one of {', '.join(names)}")
+    return width, config["vocab_size"]
 
 
 def report(shape: Shape, device_gib: float | None, seconds: dict[str, float], device: str) -> str:
@@ -192,12 +206,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device_gib", type=float, help="memory left for the head: does it fit?")
     parser.add_argument("--results", type=Path, help="results JSON to scale times from")
     args = parser.parse_args(argv)
-    width, vocab = read_config(args.config) if args.config else (args.hidden_size, args.vocab_size)
-    if not width or not vocab:
-        parser.error("expected --config, or --hidden_size and --vocab_size")
-    for name in ("pairs", "length"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    sizes = (args.hidden_size, args.vocab_size)
+    if (sizes != (None, None)) == bool(args.config) or (not args.config and None in sizes):
+        parser.error("expected either --config, or --hidden_size and --vocab_size")
+    for name in ("pairs", "length", "hidden_size", "vocab_size"):
+        if (given := getattr(args, name)) is not None and given < 1:
+            parser.error(f"--{name}: expected at least 1, got {given}")
+    if not 0 < args.max_workspace_mb < math.inf:
+        parser.error(f"--max_workspace_mb: expected a number above 0, got {args.max_workspace_mb}")
+    width, vocab = read_config(args.config) if args.config else sizes
     response = args.length if args.response is None else args.response
     if not 0 < response <= args.length:
         parser.error(f"--response: expected 1 to {args.length} (--length), got {response}")

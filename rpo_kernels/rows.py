@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MOVED = 256  # rows that are copied at a time
+
 
 class Rows(NamedTuple):
     """The kept rows of a ``(M, D)`` tensor: `positions` (N,) (None if all are kept),
@@ -29,13 +31,28 @@ class Rows(NamedTuple):
             else source.index_select(0, self.positions[start:stop])
         )
 
+    def accumulator(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Zeros for `put`, whose first N rows gather what belongs to the kept rows: (M, D) as
+        `like` if of its dtype, since they become the result, else (N, D).
+        """
+        rows = like.shape[0] if dtype == like.dtype else self.targets.shape[0]
+        return like.new_zeros(rows, like.shape[1], dtype=dtype)
+
     def put(self, like: Tensor, values: Tensor) -> Tensor:
-        """A tensor like `like` (M, D) that holds ``values (N, D)`` in the kept rows and zeros
-        elsewhere.
+        """A tensor like `like` (M, D) with the first N rows of `values`, an `accumulator`, in the
+        kept rows and zeros elsewhere.
         """
         if self.positions is None:
             return values.to(like.dtype)
-        return torch.zeros_like(like).index_copy_(0, self.positions, values.to(like.dtype))
+        in_place = values.dtype == like.dtype  # rows move up, the last ones first
+        out = values if in_place else torch.zeros_like(like)
+        for start, stop in reversed(list(self.chunks(MOVED))):
+            rows = values[start:stop].to(like.dtype, copy=True)
+            out.index_copy_(0, self.positions[start:stop], rows)
+        if in_place:
+            empty = torch.ones(like.shape[0], 1, dtype=torch.bool, device=like.device)
+            out.masked_fill_(empty.index_fill_(0, self.positions, False), 0)
+        return out
 
     def spread(self, values: Tensor, total: int) -> Tensor:
         """``values (N, ...)`` at their rows' places among `total` rows M, zeros elsewhere."""

@@ -72,6 +72,13 @@ class Head(NamedTuple):
             yield v0, self.weight[v0 : v0 + size].to(self.dtype), bias
 
 
+def gathered_rows(width: int, itemsize: int) -> int:
+    """Rows of the weight (V, D) that skipping gathers at a time: they and their product stay in a
+    CPU's cache, and well within the smallest sensible workspace.
+    """
+    return min(2048, max(64, 2**22 // (width * itemsize)))
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of every sum, log-prob and loss: float64 for float64 inputs, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -380,6 +380,19 @@ def test_offsets_of_a_recomputed_custom_loss():
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_tangents_are_refused(name, function):
+    """No forward-mode derivative: an operator would drop the tangent without a word."""
+    given = good(function)
+
+    def value(tensor):
+        return call(function, given | {name: tensor})
+
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor without a tangent"):
+        torch.func.jvp(value, (given[name],), (torch.ones_like(given[name]),))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_the_policy_for_nan_and_infinity_is_documented(function):
     doc = " ".join(FUNCTIONS[function].__doc__.split())
     assert "NaN" in doc or "as in `fused_rpo_loss`" in doc

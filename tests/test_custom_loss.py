@@ -127,6 +127,61 @@ def test_a_loss_of_chosen_responses_alone(strategy):
     assert (found["hidden"][3:] == 0).all() and (found["hidden"][:3] != 0).any()
 
 
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "auto"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode, strategy):
+    problem = pairs(7)
+    trained = mine(rpo(problem.ref_logps), strategy=strategy)(
+        problem._replace(hidden=problem.hidden.clone().requires_grad_())
+    )
+    with mode():
+        loss = mine(rpo(problem.ref_logps), strategy=strategy)(problem)
+    assert torch.equal(loss, trained.detach()) and not loss.requires_grad
+
+
+def test_a_gradient_that_streaming_would_drop():
+    """To a tensor that the function closes over: recomputed, and an error while streaming."""
+    problem, beta = pairs(8), torch.tensor(0.1, requires_grad=True)
+    scaled = 2 * beta
+    mine(rpo(problem.ref_logps, scaled), strategy="recompute")(grown := leaves(problem)).backward()
+    assert beta.grad != 0 and grown.weight.grad is not None
+    for strategy in ("stream", "auto"):
+        with pytest.raises(ValueError, match="loss_fn: expected no gradient to other tensors"):
+            mine(rpo(problem.ref_logps, scaled), strategy=strategy)(leaves(problem))
+        with pytest.raises(ValueError, match="loss_fn: expected losses that depend on logps"):
+            mine(lambda logps, *_: logps[0].detach(), strategy=strategy)(leaves(problem))
+
+
+def leaves(problem: Problem) -> Problem:
+    """The problem with a trained weight."""
+    return problem._replace(weight=problem.weight.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("tolerance", [0.1, 0.01])
+def test_what_skipping_leaves_out(tolerance, strategy):
+    """The weight is the identity, so that hidden's gradient is that of the logits: the L1 mass of
+    what is missing there is at most the tolerance, with coefficients that differ by a factor of
+    a thousand, the large ones where most entries are light.
+    """
+    vocab = 300
+    make = torch.Generator().manual_seed(9)
+    hidden = torch.randn(6, 70, vocab, generator=make, dtype=torch.float64)
+    hidden *= torch.tensor([1.0, 9, 1, 1, 9, 1])[:, None, None]
+    labels = torch.randint(vocab, (6, 70), generator=make)
+    labels[:, 3::7] = IGNORE
+    problem = Problem(hidden, torch.eye(vocab, dtype=torch.float64), labels, None)
+    weights = torch.tensor([1.0, 1e-3, 0.5])
+
+    def losses(logps, counts, index):
+        return (logps[1] - 2 * logps[0]) * weights[index]
+
+    exact = differentiate(mine(losses, strategy=strategy), problem)["hidden"]
+    found = differentiate(mine(losses, strategy=strategy, grad_tolerance=tolerance), problem)
+    missing = (found["hidden"] - exact).abs().sum() / exact.abs().sum()
+    assert 0 < missing <= tolerance * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_no_pairs(strategy):
     problem = pairs(6)

@@ -344,6 +344,22 @@ def test_a_bad_row_only_affects_itself(bad):
     assert torch.equal(unmasked["hidden"][others], everywhere["hidden"][others])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_row_keeps_its_block_whole(bad):
+    """Skipping cannot judge a block with a NaN: all of it is kept, and its other rows are exact."""
+    problem = tokens(18, (300,), 16, 600, ignored=0)
+    problem.hidden[7] = bad
+    problem.labels[7] = 3
+    exact, found = (
+        differentiate(call(linear_logprobs, grad_tolerance=tau), problem)["hidden"]
+        for tau in (0.0, 0.01)
+    )
+    others = [row for row in range(256) if row != 7]
+    assert exact[7].isnan().any() and found[7].isnan().any()
+    torch.testing.assert_close(found[others], exact[others])
+    assert not torch.equal(found[256:], exact[256:]) and found[256:].isfinite().all()
+
+
 def test_an_ignored_bad_row_affects_nothing():
     problem = tokens(16, (20,), 16, 33, ignored=0)
     problem.labels[7] = IGNORE

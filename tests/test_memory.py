@@ -9,9 +9,10 @@ Three instruments, each shown to fail on a planted N x V allocation:
     CUDA           the allocator's peak, where there is a GPU
 
 In each, N x V is at least eight times what is allowed. The accumulators are those that the
-docstrings document. recompute: dH in float32, (N, D), in half precision. stream: dW in float32,
-(V, D), where the weight is half precision and several products are summed; two more (V, D) in
-float32 where a pair is longer than the workspace.
+docstrings document. recompute: dH in float32, (N, D), in half precision; with `grad_tolerance` the
+mask of what is kept, a byte per block and vocabulary entry. stream: dW in float32, (V, D), where
+the weight is half precision and several products are summed; where a pair is longer than the
+workspace two more (V, D) in float32, and its rows, (n, D), if hidden is half precision.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from rpo_kernels import fused_rpo_loss, linear_logprobs
 from rpo_kernels.backends import torch_backend
 from rpo_kernels.engines import recompute, streaming
 from rpo_kernels.engines.panel import capacity
+from rpo_kernels.engines.skipping import BLOCK
 from rpo_kernels.spec import Head
 
 MIB = 2**20
@@ -168,13 +170,15 @@ class Case(NamedTuple):
         half = self.dtype.itemsize < 4
         if self.strategy != "stream":
             found = [self.rows * self.width * 4] if half or self.autocast else []
-            # "takes a float32 accumulator for half-precision weights"
-            return found + ([self.vocab * self.width * 4] if half and self.tolerance else [])
+            if self.tolerance:  # "a float32 accumulator for half-precision weights", the mask
+                blocks = self.sequences * self.length // BLOCK + self.sequences + 1
+                found += [self.vocab * self.width * 4] * half + [blocks * self.vocab]
+            return found
         pair = 2 * self.rows // self.sequences
         room = capacity(self.vocab, self.width, self.compute.itemsize, self.workspace * MIB)
         split = pair > room
-        found = [self.vocab * self.width * 4] * (2 * split + half)
-        return [] if self.frozen else found
+        found = [] if self.frozen else [self.vocab * self.width * 4] * (2 * split + half)
+        return found + ([pair * self.width * 4] if split and half else [])
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -192,6 +196,14 @@ CASES = {
     "stream grouped bf16": Case("stream", BF16, 160, 14),
     "stream split fp32": Case("stream", FP32, 2, 550),
     "stream split bf16": Case("stream", BF16, 2, 1100),
+    "wide recompute fp32": Case("recompute", FP32, 4, 2000, 8, 1024, 2304),
+    "wide recompute bf16": Case("recompute", BF16, 4, 4000, 8, 512, 2304),
+    "wide logprobs fp32": Case("logprobs", FP32, 4, 2000, 8, 1024, 2304),
+    "wide recompute skipping": Case("recompute", FP32, 4, 2000, 64, 1024, 18432, tolerance=0.01),
+    "wide stream split fp32": Case("stream", FP32, 2, 4000, 8, 1024, 2304),
+    "wide stream split frozen bf16": Case("stream", BF16, 2, 6000, 8, 512, 4096, frozen=True),
+    "short recompute skipping": Case("recompute", FP32, 512, 9, 12, 32, 8192, tolerance=0.01),
+    "short recompute skipping bf16": Case("recompute", BF16, 512, 9, 8, 32, 8192, tolerance=0.01),
     "stream frozen fp32": Case("stream", FP32, 2, 550, frozen=True),
     "stream frozen bf16": Case("stream", BF16, 28, 81, frozen=True),
     "autocast recompute": Case("recompute", FP32, 4, 290, 8, 160, autocast=True),

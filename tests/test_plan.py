@@ -104,6 +104,44 @@ def test_no_time_from_another_kind_of_problem(tmp_path):
         plan.estimates(file, shape(frozen=True), "float32")
 
 
+def test_what_does_not_fit_is_said():
+    """Not a row of a vocabulary of 4,096 in 8 KiB; a split pair's hidden states in half."""
+    assert plan.streaming(shape(max_bytes=2**13)).extra == float("inf")
+    assert "inf" in plan.report(shape(max_bytes=2**13), 1.0, {}, "")
+    half = shape(itemsize=2, frozen=True)
+    assert plan.streaming(half).extra >= 2 * half.response * WIDTH * 4
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        ('{"n_embd": 8, "vocab_size": 9}', (8, 9)),
+        ('{"d_model": 8, "vocab_size": 9, "text_config": null}', (8, 9)),
+        ('{"text_config": {"hidden_size": 8, "vocab_size": 9}}', (8, 9)),
+        ('{"vocab_size": 9}', "expected vocab_size and one of hidden_size"),
+        ("[]", "not a model config"),
+        ("{", "not a model config"),
+        (None, "not a model config"),
+    ],
+)
+def test_model_configs(config, sizes, tmp_path):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    if isinstance(sizes, tuple):
+        assert plan.read_config(str(tmp_path)) == sizes
+        return
+    with pytest.raises(SystemExit, match=sizes):
+        plan.read_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"runs": []}'])
+def test_no_results_file(text, tmp_path):
+    if text is not None:
+        (tmp_path / "r.json").write_text(text)
+    with pytest.raises(SystemExit, match="--results: .*r.json: not a results file"):
+        plan.estimates(tmp_path / "r.json", shape(), "float32")
+
+
 def test_command_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"hidden_size": 64, "vocab_size": 4096}')
     file = results(tmp_path / "r.json", {"stream": 2.0})
@@ -113,7 +151,10 @@ def test_command_line(tmp_path, capsys):
     assert "a machine" in out
     rows = {line[:24].strip(): line.split() for line in out.splitlines()}
     assert rows["stream"][-1] == "2" and rows["materialized logits"][-1] == "no"
-    for bad in (["--length", "0"], ["--response", "101"], ["--pairs", "-1"]):
+    for bad in (
+        ["--length", "0"], ["--response", "101"], ["--pairs", "-1"], ["--max_workspace_mb", "nan"],
+        ["--max_workspace_mb", "-1"], ["--hidden_size", "64"], ["--vocab_size", "0"],
+    ):  # fmt: skip
         with pytest.raises(SystemExit):
             plan.main([*words, *bad])
         assert bad[0] in capsys.readouterr().err

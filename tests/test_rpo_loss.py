@@ -379,6 +379,17 @@ def test_accuracy_counts_ties_half():
         assert out.chosen_rewards[2] == out.rejected_rewards[2]
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_certain_responses_tie(strategy):
+    """A vocabulary of one: every log-prob is 0, which is a tie where there are tokens."""
+    labels = torch.zeros(4, 3, dtype=torch.long)
+    labels[[1, 3]] = IGNORE
+    out = fused_rpo_loss(
+        torch.ones(4, 3, 1), torch.ones(1, 1), labels, torch.zeros(4), strategy=strategy
+    )
+    assert out.accuracy == 0.25 and (out.chosen_logps == 0).all()
+
+
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_output_fields(dtype, strategy):
@@ -427,6 +438,25 @@ def test_saturated_pairs_are_finite(shift, name, strategy):
     for key in ("hidden", "weight"):
         budget = 2 * relative_error(plain[key], truth[key]) + 2**-23
         assert relative_error(found[key], truth[key]) <= budget
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tolerance", [0.0, 0.01])
+@pytest.mark.parametrize("rows", [2000, 400], ids=["together", "pair by pair"])
+def test_pairs_that_are_won_have_no_gradient(rows, tolerance, dtype, strategy):
+    """Coefficients that are exactly 0, of all pairs and of one group: zeros there, not NaN."""
+    shape = {"count": 3, "length": 160, "width": 32, "vocab": 1031}
+    problem = pairs(29, dtype=dtype, bias=True, **shape)
+    won = torch.tensor([1e5, 1e5, 1e5, 0, 0, 0])
+    options = {"strategy": strategy, "loss_type": "hinge", "eta": 0.0, "grad_tolerance": tolerance}
+    options["max_workspace_mb"] = workspace_for(rows, problem)
+    found = run(problem._replace(ref_logps=problem.ref_logps - won), **options)
+    assert all((tensor == 0).all() for tensor in found.values())
+    some = problem._replace(ref_logps=problem.ref_logps - won * torch.tensor([1.0, 0, 0, 0, 0, 0]))
+    found = run(some, **options)
+    assert all(tensor.isfinite().all() and (tensor != 0).any() for tensor in found.values())
+    assert (found["hidden"][[0, 3]] == 0).all()
 
 
 def pieces(problem: Problem, monkeypatch, **options) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rpo_kernels.losses import LOSSES
-from rpo_kernels.spec import Transform, accumulator_dtype
+from rpo_kernels.spec import Transform, accumulator_dtype, gathered_rows
 
 LOG2E = math.log2(math.e)
 FLOOR = -60 * LOG2E  # lowest exponent, in base 2
@@ -24,7 +24,6 @@ LOWEST = -1e38  # below any logit; finite, so that entries of -inf do not turn r
 CPU_TILE = 2**20  # elements: 4 MiB in fp32, a share of the last-level cache
 CPU_ROWS = 1024  # of a tile: matmuls are slow where a tile has few vocabulary entries
 GPU_TILE = 2**25  # elements: 128 MiB in fp32
-GATHER = 2048  # entries gathered at a time: both operands stay in a CPU's cache
 
 
 def _tile_shape(device: torch.device, n: int, max_bytes: int) -> tuple[int, int]:
@@ -198,7 +197,7 @@ def kept_products(
     for block, index in enumerate(lists):
         rows = slice(block * size, (block + 1) * size)
         columns = panel[:, rows]
-        for part in index.split(GATHER):
+        for part in index.split(gathered_rows(weight.shape[1], panel.dtype.itemsize)):
             entries = columns.index_select(0, part)
             if d_rows is not None:
                 gathered = weight.index_select(0, part).to(panel.dtype)

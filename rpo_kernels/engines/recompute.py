@@ -46,7 +46,7 @@ from rpo_kernels.engines.panel import (
     target_entry,
 )
 from rpo_kernels.rows import Rows
-from rpo_kernels.spec import Head, accumulator_dtype
+from rpo_kernels.spec import Head, accumulator_dtype, gathered_rows
 
 
 def forward(
@@ -102,11 +102,13 @@ def forward_skipping(
     keep = torch.empty(len(blocks), vocab, dtype=torch.bool, device=hidden.device)
     mass = logps.new_empty(2, len(blocks))
     size = min(room, total)
+    most = max(1, size // (skipping.BLOCK // 2))  # `select` takes 20 bytes an entry and block
     buffer = hidden.new_empty(vocab * stride(size, hidden.device), dtype=head.dtype)
     first = 0
     while first < len(blocks):
         start, last = blocks[first][0], first + 1
-        while last < len(blocks) and blocks[last][1] - start <= size:
+        stop = min(first + most, len(blocks))
+        while last < stop and blocks[last][1] - start <= size:
             last += 1
         stop = blocks[last - 1][1]
         part = rows.subset(torch.arange(start, stop, device=hidden.device))
@@ -224,7 +226,7 @@ def backward(
     acc_dtype = accumulator_dtype(head.dtype)
     shift, entry, factor, coef, top = _terms(grad, logps, norm, rows, head)
     n, p = _shape(total, vocab, width, head.dtype.itemsize, max_bytes, hidden.device.type == "cpu")
-    d_rows = hidden.new_zeros(total, width, dtype=acc_dtype) if need_h else None
+    d_rows = rows.accumulator(hidden, acc_dtype) if need_h else None
     blank = torch.empty_like if total else torch.zeros_like
     d_weight = blank(head.weight) if need_w else None
     d_bias = blank(head.bias) if need_b and head.bias is not None else None
@@ -259,8 +261,10 @@ def backward(
             torch.mul(dw, top, out=d_weight[v0 : v0 + p])
         if d_bias is not None:
             torch.mul(db[:, 0], top, out=d_bias[v0 : v0 + p])
-    d_hidden = None if d_rows is None else rows.put(hidden, d_rows.mul_(factor[:, None]))
-    return d_hidden, d_weight, d_bias
+    if d_rows is None:
+        return None, d_weight, d_bias
+    d_rows[:total].mul_(factor[:, None])
+    return rows.put(hidden, d_rows), d_weight, d_bias
 
 
 def backward_skipping(
@@ -282,25 +286,24 @@ def backward_skipping(
     """
     need_h, need_w, need_b = needs
     acc = accumulator_dtype(head.dtype)
-    total, width = rows.targets.shape[0], hidden.shape[1]
+    size = gathered_rows(hidden.shape[1], head.dtype.itemsize)
     shift, entry, factor, coef, top = _terms(grad, logps, norm, rows, head)
-    d_rows = hidden.new_zeros(total, width, dtype=acc) if need_h else None
+    d_rows = rows.accumulator(hidden, acc) if need_h else None
     d_weight = torch.zeros_like(head.weight, dtype=acc) if need_w else None
     d_bias = torch.zeros_like(head.weight[:, 0], dtype=acc) if need_b else None
     blocks = skipping.split_rows(edges)
-    for (start, stop), index in zip(
-        blocks, skipping.kept_entries(keep[: len(blocks)]), strict=True
-    ):
+    for block, (start, stop) in enumerate(blocks):
         used = start + factor[start:stop].nonzero()[:, 0]
         if used.shape[0] == 0:
             continue
+        index = keep[block].nonzero()[:, 0]
         part = rows.subset(used)
         h = part.take(hidden, 0, used.shape[0]).to(head.dtype)
         scaled = (h * coef[used, None]).to(head.dtype)
         where = torch.searchsorted(index, part.targets)
         d_part = h.new_zeros(h.shape, dtype=acc)
-        for v0 in range(0, index.shape[0], skipping.GATHER):
-            chosen = index[v0 : v0 + skipping.GATHER]
+        for v0 in range(0, index.shape[0], size):
+            chosen = index[v0 : v0 + size]
             weight = head.weight.index_select(0, chosen).to(head.dtype)
             bias = None if head.bias is None else head.bias[chosen]
             panel = h.new_empty(chosen.shape[0], h.shape[0])

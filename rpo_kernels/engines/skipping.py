@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # rows that share one choice of vocabulary entries
-GATHER = 2048  # entries gathered at a time: both operands stay in a CPU's cache
 STEPS = 18  # bisection steps for the threshold, in log2 of the mass
-
-
-def kept_entries(keep: Tensor) -> tuple[Tensor, ...]:
-    """For every row of `keep` (blocks, V) the vocabulary entries it keeps, ascending."""
-    return keep.nonzero()[:, 1].split(keep.sum(1).tolist())
 
 
 def split_rows(edges: list[int]) -> list[tuple[int, int]]:
@@ -78,7 +72,7 @@ def select(
         threshold = _threshold(finite.view(1, -1), total.sum(0, keepdim=True) * tolerance)
     else:
         threshold = _threshold(finite, total * tolerance)
-    keep = mass > threshold
+    keep = ~(mass <= threshold)  # all, where a row is NaN
     return keep, torch.where(keep, 0, finite).sum(1), total
 
 

@@ -166,7 +166,7 @@ class Sweep:
         """
         scale = 1.0
         if coef.device.type == "cpu" and coef.numel():  # on a GPU it would synchronize
-            scale = 2.0 ** math.frexp(max(coef.abs().amax().item(), 1e-300))[1]
+            scale = 2.0 ** max(math.frexp(coef.abs().amax().item())[1], -100)
         unit = -coef / scale
         unit = torch.where(unit.abs() < 1e-20, 0, unit) / panel.sums
         dtype = panel.h.dtype
@@ -209,11 +209,14 @@ class Sweep:
                 sums.bias.add(panel.values, unit[:, None].to(dtype), scale)
         return None if d_rows is None else d_rows.div_(panel.sums[:, None])
 
-    def put_hidden(self, rows: Rows, d_rows: Tensor | None, coef: Tensor) -> None:
-        """Write ``-coef * d_rows`` (n, D) to the rows' places in the gradient of hidden."""
+    def put_hidden(self, rows: Rows, d_rows: Tensor | None, coef: Tensor | None = None) -> None:
+        """Write ``-coef * d_rows`` (n, D) to the rows' places in the gradient of hidden; without
+        `coef` the rows as they are.
+        """
         if d_rows is None or self.d_hidden is None:
             return
-        values = d_rows.mul_(-coef[:, None]).to(self.d_hidden.dtype)
+        values = d_rows if coef is None else d_rows.mul_(-coef[:, None])
+        values = values.to(self.d_hidden.dtype)
         if rows.positions is None:
             self.d_hidden.copy_(values)
         else:
@@ -240,12 +243,17 @@ class Sweep:
             if any(self.needs):
                 ones = torch.ones_like(panel.logps)
                 d_rows = self.gradients(panel, ones, sides[at >= chosen_rows])
+            if d_rows is not None and d_rows.dtype == self.hidden.dtype:
+                self.put_hidden(panel.rows, d_rows)  # waits there, unscaled
+                d_rows = None
             parts.append((panel.rows, d_rows, panel.logps, self.mass))
             at += panel.logps.shape[0]
         pairs, coef = settle(group.first, group.last, torch.cat([part[2] for part in parts]))
         at = 0
         for rows, d_rows, logps, mass in parts:
             masses.append(mass * coef[at].abs())
+            if d_rows is None and self.d_hidden is not None:
+                d_rows = rows.take(self.d_hidden, 0, len(logps))
             self.put_hidden(rows, d_rows, coef[at : at + len(logps)])
             at += len(logps)
         self.mass = torch.stack(masses).sum(0)
