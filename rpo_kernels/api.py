@@ -272,16 +272,19 @@ def fused_rpo_loss(
         grad_tolerance: share of dlogits' L1 mass, weighted by the loss coefficients, that the
             gradient may leave out (`rpo_kernels.engines.skipping`); 0 is exact. The matmuls of the
             gradient then cost the share of the vocabulary that is kept. `RPOOutput.skipped`
-            certifies what was left out.
+            certifies what was left out. Recomputing then keeps a mask, a byte per vocabulary entry
+            and block of at most 256 rows of a sequence, and sums dW in float32.
         max_workspace_mb: bound on temporary memory in MiB; default 512 on CPU, 1024 elsewhere.
         strategy: "recompute" (4U; backward recomputes), "stream" (3U, or 2U if weight is frozen;
             the gradient is made in forward, so backward needs neither weight nor logits) or "auto".
             Streaming a pair whose rows times V exceed the workspace takes two float32 accumulators
-            of (V, D), several groups of pairs take one where weight is half precision. ``auto``
-            streams, except: fp16; fewer than 256 rows fit the workspace; or the weight needs a
-            gradient, not all rows fit at once, and either two accumulators exceed 4 workspaces or
-            the matmuls are half precision on a CPU (which rounds each product). Without gradients
-            (`torch.no_grad`) both cost 1U; "stream" then gives the same bits as in training.
+            of (V, D), and one of its rows, (n, D), where hidden is half precision; several groups
+            of pairs take one of (V, D) where weight is. Recomputing takes one of all rows, (N, D),
+            where hidden is half precision. ``auto`` streams, except: fp16; fewer than 256 rows fit
+            the workspace; or the weight needs a gradient, not all rows fit at once, and either two
+            accumulators exceed 4 workspaces or the matmuls are half precision on a CPU (which
+            rounds each product). Without gradients (`torch.no_grad`) both cost 1U; "stream" then
+            gives the same bits as in training.
         backend: "auto", "triton" or "torch"; an explicit one runs or raises.
 
     Returns:

@@ -116,7 +116,7 @@ def simpo_loss(c, r, beta, epsilon, gamma):
 
 def orpo_loss(c, r, beta, epsilon, gamma):
     """ORPO's odds-ratio term, weight lambda = beta, on means, reference-free (Hong et al. 2024,
-    arXiv 2403.07691, eq. 6-7).
+    arXiv 2403.07691, eq. 6-7). Means above -1e-6 count as -1e-6: the odds are infinite at 0.
     """
     c, r = where(c < -1e-6, c, -1e-6 + 0 * c), where(r < -1e-6, r, -1e-6 + 0 * r)
     # 1 - exp(x) cancels near 0: six terms of its series there (relative error < 4e-12 in float64)
