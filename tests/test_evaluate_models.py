@@ -149,6 +149,17 @@ def test_follow_up_sees_the_first_answer(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "half \ud83d"}, r"p.jsonl:1: not valid JSON: '\\ud83d' is half of a surrogate"),
+    ],
+)
+def test_bad_prompts(tmp_path, row, message):
+    with pytest.raises(InputError, match=message):
+        read_prompts(write_jsonl(tmp_path / "p.jsonl", [row]))
+
+
 def test_commands(tmp_path, folders, capsys):
     reference, _ = folders
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [record(k) for k in range(3)])

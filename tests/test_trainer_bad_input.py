@@ -269,6 +269,13 @@ BAD = [
     # Rows.
     (row, b"{not json", "not valid JSON: Expecting property name"),
     (row, b'{"prompt": "\xff"}', "not valid JSON"),
+    (row, GOOD | {"prompt": "\ud83d"}, "not valid JSON: '\\ud83d' is half of a surrogate pair"),
+    (row, TALK | {"chosen": [{"role": "assistant", "content": "\udc00"}]}, "half of a surrogate"),
+    (
+        row,
+        TALK | {"tools": '[{"name": "\\ud83d"}]'},
+        "bad tools: not valid JSON: '\\ud83d' is half",
+    ),
     (row, b"[1, 2]", "not a JSON object: got list"),
     (row, {}, "missing field: chosen, rejected (the row has no field)"),
     (row, {"prompt": "a", "chosen": "b"}, "missing field: rejected (the row has prompt, chosen)"),
@@ -337,7 +344,7 @@ def test_skip_counts_bad_rows_by_reason(tmp_path):
     file.write_bytes(b"\n".join(map(as_line, [GOOD, *rows, TALK])))
     kept, bad = read_rows(file, "skip")
     assert len(kept) == 2 and bad.reasons.total() == len(rows)
-    assert bad.reasons["empty response"] == 4 and bad.reasons["not valid JSON"] == 2
+    assert bad.reasons["empty response"] == 4 and bad.reasons["not valid JSON"] == 4
 
 
 def test_many_bad_rows_are_counted_not_listed(tmp_path):

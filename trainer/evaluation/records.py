@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from trainer.config import InputError, find_file
+from trainer.data import parse_json
 
 
 def read_jsonl(name: str, *fields: str) -> list[tuple[str, dict]]:
@@ -27,8 +28,8 @@ def read_jsonl(name: str, *fields: str) -> list[tuple[str, dict]]:
             continue
         place = f"{name}:{number}"
         try:
-            row = json.loads(line)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            row = parse_json(line)
+        except ValueError as error:
             raise InputError(f"{place}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}")
