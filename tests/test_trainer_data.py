@@ -355,6 +355,16 @@ def test_truncation_is_counted_and_equal_remains_are_dropped():
     assert split.report["dropped"] == {"responses equal after truncation": 1}
 
 
+@pytest.mark.parametrize("max_length", [16, 256])
+def test_responses_that_a_template_makes_equal_are_a_bad_row(max_length):
+    """Most templates trim: such a pair's margin is 0, whatever the model says."""
+    trimming = tiny_tokenizer(CHATML.replace("m['content']", "m['content'] | trim"))
+    spaced = TALK | {"rejected": chat("", ANSWER[0]["content"] + " \n")[1]}
+    with pytest.raises(InputError, match="f:1: chosen equals rejected: once rendered"):
+        encode(spaced, max_length, trimming)
+    assert encode(spaced)  # two answers to a template that keeps white space
+
+
 def test_the_demo_data_is_complete_and_held_out():
     config = parse_config([])
     train, held_out = (

@@ -46,7 +46,7 @@ def encode_rows(
         rows: checked rows.
         tokenizer: renders chat messages by its chat template; strings are concatenated.
         limits: most tokens of a sequence, and what becomes of a longer pair.
-        bad: receives the rows whose prompt is no prefix of the rendered text.
+        bad: receives the rows that cannot be used once they are rendered.
 
     Returns:
         The pairs, with counts of pairs, tokens, trained tokens, truncated and dropped pairs, and
@@ -206,7 +206,13 @@ class Encoder:
         return next(ends, len(turn))
 
     def _pair(self, parts: list[tuple], chat: bool) -> Pair | None:
-        """Cut to the limits; None if the pair is dropped."""
+        """Cut to the limits; None if the pair is dropped.
+
+        Raises:
+            BadRow: the template, or the tokenizer, removes what the responses differ in.
+        """
+        if parts[0][1:] == parts[1][1:]:
+            raise BadRow("chosen equals rejected", "once rendered and tokenized")
         prompt, limits = np.array(parts[0][0], np.int32), self.limits
         lengths = [len(tokens) for _, tokens, _ in parts]
         why = limits.too_long(len(prompt), max(lengths))
