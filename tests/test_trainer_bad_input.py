@@ -184,6 +184,11 @@ BAD = [
         {"lora_target_modules": [], "use_peft": True},
         "lora_target_modules: expected a value, got",
     ),
+    (
+        fields,
+        {"lora_target_modules": ["all-linear", "embed_tokens"], "use_peft": True},
+        "lora_target_modules: expected names, or all-linear alone, got ('all-linear',",
+    ),
     (fields, {"model_dtype": "fp16"}, "model_dtype: expected one of float32, bfloat16, got 'fp16'"),
     # Fields that do not go together.
     (

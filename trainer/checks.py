@@ -90,6 +90,9 @@ IMPOSSIBLE: dict[str, Callable[[RunConfig], bool]] = {
     "use_peft: expected true where a lora_ field is given, got false": lambda c: (
         not c.use_peft and _given(c, "lora_")
     ),
+    "lora_target_modules: expected names, or all-linear alone, got {lora_target_modules}": (
+        lambda c: "all-linear" in c.lora_target_modules and len(c.lora_target_modules) > 1
+    ),
     "load_in_4bit: expected false without use_peft, as 4-bit weights cannot be trained": lambda c: (
         c.load_in_4bit and not c.use_peft
     ),

@@ -97,7 +97,7 @@ class RunConfig:
     lora_dropout: float = 0.0
     """Dropout on what the adapters read, in training only; the model's own dropout is off."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of the layers that get adapters; `all-linear` is every one but lm_head."""
+    """Names of the layers that get adapters; `all-linear` is every linear module but lm_head."""
     lora_modules_to_save: tuple[str, ...] = ()
     """Names of modules that are trained whole, as copies that are saved with the adapters."""
     load_in_4bit: bool = False
