@@ -152,6 +152,7 @@ def test_follow_up_sees_the_first_answer(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"prompt": "p", "question_id": [1]}, "expected a number or string as question_id, got .1"),
         ({"prompt": "half \ud83d"}, r"p.jsonl:1: not valid JSON: '\\ud83d' is half of a surrogate"),
     ],
 )
@@ -175,4 +176,19 @@ def test_commands(tmp_path, folders, capsys):
         main(["generate", "--prompts", pairs, "--models", reference, *out])
     with pytest.raises(SystemExit, match="top_p: expected a number in"):
         main(["generate", "--prompts", pairs, "--models", f"r={reference}", *out, "--top_p", "0"])
+    for words, message in (
+        (["--models", "a=x", "a=y"], "models: expected different names, got 'a' twice"),
+        (
+            ["--models", "a=x", "--temperature", "nan"],
+            "temperature: expected a number >= 0, got nan",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["generate", "--prompts", pairs, *words, *out])
+    with pytest.raises(SystemExit):
+        main(["generate", "--prompts", pairs, "--models", "a=x", *out, "--seed", str(10**18)])
+    assert "--seed: expected an integer in [0, 2^32), got '1000" in capsys.readouterr().err
+    (tmp_path / "out" / "ref.jsonl").write_text("[1]\n")
+    with pytest.raises(SystemExit, match="ref.jsonl: damaged .a line is no JSON object."):
+        main(["generate", "--prompts", pairs, "--models", f"ref={reference}", *out])
     assert math.isfinite(json.loads((tmp_path / "out" / "scores.json").read_text())["ref"]["beta"])

@@ -58,12 +58,22 @@ def run_winrate(args: argparse.Namespace) -> None:
 
 
 def _assignments(option: str, words: list[str]) -> dict[str, str]:
-    """`A=B` words as a dictionary."""
-    pairs = [word.partition("=") for word in words]
-    for word, (key, _, value) in zip(words, pairs, strict=True):
+    """`A=B` words as a dictionary, each `A` once."""
+    assigned: dict[str, str] = {}
+    for word in words:
+        key, _, value = word.partition("=")
         if not key or not value:
             raise InputError(f"{option}: expected A=B, got {word!r}")
-    return {key: value for key, _, value in pairs}
+        if key in assigned:
+            raise InputError(f"{option}: expected different names, got {key!r} twice")
+        assigned[key] = value
+    return assigned
+
+
+def _seed(word: str) -> int:
+    if not word.isdecimal() or int(word) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected an integer in [0, 2^32), got {word!r}")
+    return int(word)
 
 
 MODELS = "folders or hub ids, or package:NAME; /FILE.gguf may follow"
@@ -82,7 +92,7 @@ def _score_options(commands: argparse._SubParsersAction) -> None:
     add("--batch_size", type=int, default=4, help="pairs in one forward pass [4]")
     add("--kl_prompts", type=int, default=32, help="prompts for the KL; 0 leaves it out [32]")
     add("--kl_tokens", type=int, default=128, help="length of its sampled answers [128]")
-    add("--seed", type=int, default=0, help="of these samples [0]")
+    add("--seed", type=_seed, default=0, help="of these samples [0]")
 
 
 def _generate_options(commands: argparse._SubParsersAction) -> None:
@@ -95,7 +105,7 @@ def _generate_options(commands: argparse._SubParsersAction) -> None:
     add("--max_new_tokens", type=int, default=1024, help="where an answer is cut [1024]")
     add("--temperature", type=float, default=0.0, help="0 is greedy [0]")
     add("--top_p", type=float, default=1.0, help="probability mass that is drawn from [1]")
-    add("--seed", type=int, default=0, help="of the random draws [0]")
+    add("--seed", type=_seed, default=0, help="of the random draws [0]")
     add("--batch_size", type=int, default=8, help="prompts answered at once [8]")
 
 
@@ -142,7 +152,7 @@ def _winrate_options(commands: argparse._SubParsersAction) -> None:
     )
     add("--rename", nargs="+", default=[], metavar="MODEL=NAME", help="names to show")
     add("--samples", type=int, default=2000, help="bootstrap samples [2000]")
-    add("--seed", type=int, default=0, help="of the bootstrap [0]")  # fmt: skip
+    add("--seed", type=_seed, default=0, help="of the bootstrap [0]")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class Sampling:
         for field in ("max_new_tokens", "batch_size"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field}: expected >= 1, got {getattr(self, field)}")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature: expected a number >= 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p: expected a number in (0, 1], got {self.top_p}")

@@ -20,7 +20,8 @@ def read_jsonl(name: str, *fields: str) -> list[tuple[str, dict]]:
         (`file:line`, object) for every line that is not blank.
 
     Raises:
-        InputError: no such file, no line, a line that is no JSON object, or a missing key.
+        InputError: no such file, no line, a line that is no JSON object, a missing key, or a
+            `question_id` that is neither number nor string.
     """
     path, rows = find_file(name), []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -37,6 +38,11 @@ def read_jsonl(name: str, *fields: str) -> list[tuple[str, dict]]:
         if missing:
             has = ", ".join(row) or "nothing"
             raise InputError(f"{place}: no field {', '.join(missing)} (the line has {has})")
+        question = row.get("question_id", number)
+        if not isinstance(question, int | float | str):
+            raise InputError(
+                f"{place}: expected a number or string as question_id, got {question!r}"
+            )
         rows.append((place, row))
     if not rows:
         raise InputError(f"{name}: the file is empty")
@@ -55,6 +61,8 @@ class JsonlLog:
         whole = content.rfind(b"\n") + 1
         try:
             self.rows = [json.loads(line) for line in content[:whole].splitlines()]
+            if not all(isinstance(row, dict) for row in self.rows):
+                raise ValueError("a line is no JSON object")
         except ValueError as error:
             raise InputError(f"{path}: damaged ({error}); remove it to start anew") from None
         self.file = path.open("ab")
