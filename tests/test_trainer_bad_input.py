@@ -224,6 +224,11 @@ BAD = [
         {"min_lr_rate": 0.1, "lr_scheduler_type": "linear"},
         "min_lr_rate: expected 0 with lr_scheduler_type linear, as only cosine ends there, got 0.1",
     ),
+    (
+        fields,
+        {"lr_scheduler_type": "constant", "warmup_ratio": 0.2},
+        "lr_scheduler_type: expected constant_with_warmup where warmup_ratio is given",
+    ),
     # What the loss, the reference and the model refuse before anything is loaded.
     (before_start, {"loss_type": "dpo"}, "loss_type: expected one of"),
     (before_start, {"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing"),

@@ -102,6 +102,11 @@ IMPOSSIBLE: dict[str, Callable[[RunConfig], bool]] = {
     "optim: expected adamw_torch or adamw_8bit where an adam_ field is given, got {optim}": (
         lambda c: "adamw" not in c.optim and _given(c, "adam_")
     ),
+    "lr_scheduler_type: expected constant_with_warmup where warmup_ratio is given, got constant": (
+        lambda c: (
+            c.lr_scheduler_type == "constant" and c.warmup_ratio > 0 and _given(c, "warmup_ratio")
+        )
+    ),
     "min_lr_rate: expected 0 with lr_scheduler_type {lr_scheduler_type}, as only cosine ends "
     "there, got {min_lr_rate}": lambda c: c.min_lr_rate > 0 and c.lr_scheduler_type != "cosine",
     "model_dtype: expected float32 with dtype {dtype}, got {model_dtype}": lambda c: (

@@ -123,7 +123,7 @@ class RunConfig:
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Schedule of the learning rate over the run, after the warm-up."""
     warmup_ratio: float = 0.1
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the steps over which the learning rate rises from 0; `constant` has no warm-up."""
     min_lr_rate: float = 0.0
     """Share of the peak at which `cosine` ends."""
     adam_beta1: float = 0.9

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config import InputError
+from trainer.encoding import added_end
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.prompts import Prompt, read_prompts
 from trainer.evaluation.records import JsonlLog, open_folder
@@ -143,7 +144,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answers: list
     """Token ids that the next answer follows: text as it is, messages by the chat template."""
     if isinstance(prompt.start, str):
         ids = tokenizer(prompt.start)["input_ids"]
-        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        return ids[: len(ids) - added_end(tokenizer)]
     if tokenizer.chat_template is None:
         raise InputError(
             f"question {prompt.question!r}: chat messages, but the model's tokenizer has no chat "

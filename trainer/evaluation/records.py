@@ -101,10 +101,11 @@ def open_folder(output_dir: str) -> Path:
     """The output folder, created if need be.
 
     Raises:
-        InputError: it is a file.
+        InputError: it cannot be made, or is a file.
     """
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir: {folder} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir: cannot make the folder {folder}: {error.strerror}") from None
     return folder
