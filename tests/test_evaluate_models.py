@@ -5,7 +5,15 @@ import math
 
 import pytest
 import torch
-from trainer_tiny import record, save_tiny, tiny_llama, tiny_split, tiny_tokenizer, write_jsonl
+from trainer_tiny import (
+    record,
+    save_tiny,
+    tiny_llama,
+    tiny_model,
+    tiny_split,
+    tiny_tokenizer,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM
 
 from trainer.config import InputError
@@ -159,6 +167,23 @@ def test_follow_up_sees_the_first_answer(tmp_path):
 def test_bad_prompts(tmp_path, row, message):
     with pytest.raises(InputError, match=message):
         read_prompts(write_jsonl(tmp_path / "p.jsonl", [row]))
+
+
+def test_a_head_that_is_not_known_is_described(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "model")
+    tiny_model("arcee").save_pretrained(folder)
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [record(k) for k in range(2)])
+    words = ["--models", f"m={folder}", "--output_dir", str(tmp_path / "out")]
+    commands = (
+        ["generate", *words, "--prompts", pairs, "--max_new_tokens", "2"],
+        ["score", *words, "--data", pairs, "--reference", folder, "--kl_prompts", "0"],
+    )
+    for command in commands:
+        with pytest.raises(SystemExit, match="pass logit_scale .1.0 where it does nothing"):
+            main(command)
+        main([*command, "--logit_scale", "1.0"])
+    with pytest.raises(SystemExit, match="scale 2.0 and softcap None"):
+        main([*commands[1], "--logit_scale", "2.0"])
 
 
 def test_commands(tmp_path, folders, capsys):

@@ -197,8 +197,7 @@ class Encoder:
             raise BadRow("nothing to train on", "the response renders to no token")
         eos = self.tokenizer.eos_token_id
         ends = self.special if chat else {eos}
-        ended = tokens[-1] in ends  # not where a template never ends a turn
-        if eos is not None and not ended:
+        if eos is not None and tokens[-1] not in ends:  # a template may never end a turn
             tokens, trained = [*tokens, eos], [*trained, True]
         return prompt, tokens, trained
 
@@ -254,7 +253,7 @@ class Encoder:
 def added_end(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens, 0 or 1, the tokenizer appends as EOS to a text of its own accord."""
     eos = tokenizer.eos_token_id
-    return int(eos is not None and tokenizer("a")["input_ids"][-1] == eos)
+    return int(eos is not None and tokenizer("a")["input_ids"][-1:] == [eos])
 
 
 def _sequence(prompt: np.ndarray, response: list[int], trained: list[bool]) -> Sequence:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from trainer.config import InputError
 
@@ -30,8 +31,9 @@ def run_generate(args: argparse.Namespace) -> None:
 
     options = vars(args)
     models = _assignments("models", options.pop("models"))
-    files = {name: options.pop(name) for name in ("prompts", "output_dir")}
-    for path in generate(**files, models=models, sampling=Sampling(**options)):
+    own = ("prompts", "output_dir", "logit_scale", "logit_softcap")
+    own = {name: options.pop(name) for name in own}
+    for path in generate(**own, models=models, sampling=Sampling(**options)):
         print(f"written: {path}")
 
 
@@ -76,7 +78,11 @@ def _seed(word: str) -> int:
     return int(word)
 
 
-MODELS = "folders or hub ids, or package:NAME; /FILE.gguf may follow"
+def _model_options(add: Callable) -> None:
+    paths = "folders or hub ids, or package:NAME; /FILE.gguf may follow"
+    add("--models", nargs="+", required=True, metavar="NAME=PATH", help=paths)
+    add("--logit_scale", type=float, help="as in training, for an architecture that is not known")
+    add("--logit_softcap", type=float, help="likewise")
 
 
 def _score_options(commands: argparse._SubParsersAction) -> None:
@@ -84,7 +90,7 @@ def _score_options(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run_score)
     add = parser.add_argument
     add("--data", nargs="+", required=True, metavar="FILE", help="preference pairs")
-    add("--models", nargs="+", required=True, metavar="NAME=PATH", help=MODELS)
+    _model_options(add)
     add("--reference", required=True, metavar="PATH", help="the model that training started from")
     add("--output_dir", required=True, metavar="DIR", help="where scores.json, .jsonl go")
     add("--beta", type=float, default=0.1, help="scales the rewards, as in training [0.1]")
@@ -100,7 +106,7 @@ def _generate_options(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run_generate)
     add = parser.add_argument
     add("--prompts", required=True, metavar="FILE", help="prompts: the trainer's or FastChat's")
-    add("--models", nargs="+", required=True, metavar="NAME=PATH", help=MODELS)
+    _model_options(add)
     add("--output_dir", required=True, metavar="DIR", help="where NAME.jsonl go, or are continued")
     add("--max_new_tokens", type=int, default=1024, help="where an answer is cut [1024]")
     add("--temperature", type=float, default=0.0, help="0 is greedy [0]")

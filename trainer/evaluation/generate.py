@@ -51,7 +51,11 @@ class Sampling:
 
 
 def generate(
-    prompts: str, models: dict[str, str], output_dir: str, sampling: Sampling
+    prompts: str,
+    models: dict[str, str],
+    output_dir: str,
+    sampling: Sampling,
+    **head: float | None,
 ) -> list[Path]:
     """Write `NAME.jsonl` with the answers of every model, in FastChat's format.
 
@@ -60,6 +64,7 @@ def generate(
         models: paths by name.
         output_dir: where the answer files go, and are continued.
         sampling: how answers are drawn.
+        head: `logit_scale`, `logit_softcap`, as in training, for an architecture that is not known.
 
     Returns:
         The answer files.
@@ -67,7 +72,8 @@ def generate(
     Raises:
         InputError: unusable prompts or models, or answers in the folder that were drawn otherwise.
     """
-    todo, sources, folder = read_prompts(prompts), named_sources(models), open_folder(output_dir)
+    todo, folder = read_prompts(prompts), open_folder(output_dir)
+    sources = named_sources(models, head)
     paths = []
     for name, source in sources.items():
         paths.append(folder / f"{name}.jsonl")
