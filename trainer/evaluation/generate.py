@@ -72,9 +72,8 @@ def generate(
     Raises:
         InputError: unusable prompts or models, or answers in the folder that were drawn otherwise.
     """
-    todo, folder = read_prompts(prompts), open_folder(output_dir)
-    sources = named_sources(models, head)
-    paths = []
+    todo, sources = read_prompts(prompts), named_sources(models, head)
+    folder, paths = open_folder(output_dir), []
     for name, source in sources.items():
         paths.append(folder / f"{name}.jsonl")
         with JsonlLog(paths[-1]) as log:
