@@ -5,7 +5,15 @@ import math
 
 import pytest
 import torch
-from trainer_tiny import record, save_tiny, tiny_llama, tiny_split, tiny_tokenizer, write_jsonl
+from trainer_tiny import (
+    record,
+    save_tiny,
+    tiny_llama,
+    tiny_model,
+    tiny_split,
+    tiny_tokenizer,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM
 
 from trainer.config import InputError
@@ -149,6 +157,35 @@ def test_follow_up_sees_the_first_answer(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "question_id": [1]}, "expected a number or string as question_id, got .1"),
+        ({"prompt": "half \ud83d"}, r"p.jsonl:1: not valid JSON: '\\ud83d' is half of a surrogate"),
+    ],
+)
+def test_bad_prompts(tmp_path, row, message):
+    with pytest.raises(InputError, match=message):
+        read_prompts(write_jsonl(tmp_path / "p.jsonl", [row]))
+
+
+def test_a_head_that_is_not_known_is_described(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "model")
+    tiny_model("arcee").save_pretrained(folder)
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [record(k) for k in range(2)])
+    words = ["--models", f"m={folder}", "--output_dir", str(tmp_path / "out")]
+    commands = (
+        ["generate", *words, "--prompts", pairs, "--max_new_tokens", "2"],
+        ["score", *words, "--data", pairs, "--reference", folder, "--kl_prompts", "0"],
+    )
+    for command in commands:
+        with pytest.raises(SystemExit, match="pass logit_scale .1.0 where it does nothing"):
+            main(command)
+        main([*command, "--logit_scale", "1.0"])
+    with pytest.raises(SystemExit, match="scale 2.0 and softcap None"):
+        main([*commands[1], "--logit_scale", "2.0"])
+
+
 def test_commands(tmp_path, folders, capsys):
     reference, _ = folders
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [record(k) for k in range(3)])
@@ -164,4 +201,19 @@ def test_commands(tmp_path, folders, capsys):
         main(["generate", "--prompts", pairs, "--models", reference, *out])
     with pytest.raises(SystemExit, match="top_p: expected a number in"):
         main(["generate", "--prompts", pairs, "--models", f"r={reference}", *out, "--top_p", "0"])
+    for words, message in (
+        (["--models", "a=x", "a=y"], "models: expected different names, got 'a' twice"),
+        (
+            ["--models", "a=x", "--temperature", "nan"],
+            "temperature: expected a number >= 0, got nan",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["generate", "--prompts", pairs, *words, *out])
+    with pytest.raises(SystemExit):
+        main(["generate", "--prompts", pairs, "--models", "a=x", *out, "--seed", str(10**18)])
+    assert "--seed: expected an integer in [0, 2^32), got '1000" in capsys.readouterr().err
+    (tmp_path / "out" / "ref.jsonl").write_text("[1]\n")
+    with pytest.raises(SystemExit, match="ref.jsonl: damaged .a line is no JSON object."):
+        main(["generate", "--prompts", pairs, "--models", f"ref={reference}", *out])
     assert math.isfinite(json.loads((tmp_path / "out" / "scores.json").read_text())["ref"]["beta"])

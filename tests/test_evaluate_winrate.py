@@ -128,6 +128,9 @@ def test_length_control_from_files(tmp_path):
     files = [write_jsonl(tmp_path / "answers.jsonl", texts[::2])]
     with pytest.raises(InputError, match="no file holds the answers of new"):
         count(tmp_path, rows, answers=files)
+    files = [write_jsonl(tmp_path / "answers.jsonl", [answered(1, None, "x")])]
+    with pytest.raises(InputError, match="jsonl:1: expected a name as model_id, got None"):
+        count(tmp_path, rows, answers=files)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +141,15 @@ def test_length_control_from_files(tmp_path):
         ([judged(1, "model_3", "tie")], "expected winners among"),
         ([judged(1, "tie", "tie", a="new")], "compared with itself"),
         ([judged(1, "error", "error")], "no two models were judged"),
-        ([single(1, "a", "good")], "expected a number as 'score'"),
+        ([judged(1, ["tie"], "tie")], "expected winners among"),
+        (
+            [judged(1, "tie", "tie", a=["new"])],
+            "expected the model's name as 'model_1', got .'new'",
+        ),
+        ([judged([1], "tie", "tie")], "expected a number or string as question_id, got .1"),
+        ([judged(1, "tie", "tie", turn="1")], "jsonl:1: expected an integer as 'turn', got '1'"),
+        ([single(1, "a", "good")], "expected a finite number as 'score'"),
+        ([single(1, "a", float("nan"))], "expected a finite number as 'score', got nan"),
         ([{"model": "a", "score": 1}], "no field question_id"),
     ],
 )
@@ -152,6 +163,8 @@ def test_command_line(tmp_path, capsys):
     main(["winrate", file, "--output_dir", str(tmp_path / "out"), "--rename", "new=RPO"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "RPO > old 58.33" in shown and "malformed (left out): 1" in shown
+    with pytest.raises(SystemExit, match="output_dir: cannot make the folder .*: Not a directory"):
+        main(["winrate", file, "--output_dir", f"{file}/out"])
     with pytest.raises(SystemExit, match="no model is called nwe"):
         main(["winrate", file, "--output_dir", str(tmp_path / "out"), "--rename", "nwe=RPO"])
 

@@ -90,7 +90,7 @@ def test_precomputed_online_and_adapter_references_are_equal(train):
 
 
 def test_the_adapter_folder_loads_and_merges(train):
-    rows, folder = train("--lora_target_modules", "q_proj", "down_proj")
+    rows, folder = train("--lora_target_modules", "q_proj", "mlp.down_proj")
     names = {path.name for path in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
     assert not names & {"model.safetensors"}
@@ -158,7 +158,10 @@ REFUSED = [
     (True, {"lora_modules_to_save": ("lm_head",)}, "embedding are one weight"),
     (True, {"lora_modules_to_save": ("embed_tokens",)}, "embedding are one weight"),
     (False, {"lora_modules_to_save": ("lm_haed",)}, "lora_modules_to_save: no module is called"),
-    (False, {"lora_target_modules": ("query",)}, "lora_target_modules: .*query.* not found"),
+    (False, {"lora_target_modules": ("q_proj", "v_porj")}, "lora_target_modules: no module is "
+     "called v_porj; the model has act_fn, .*lm_head, .*v_proj$"),
+    (False, {"lora_target_modules": ("proj",)}, "lora_target_modules: no module is called proj"),
+    (False, {"lora_target_modules": ("mlp",)}, "lora_target_modules: Target module .*MLP"),
 ]  # fmt: skip
 
 

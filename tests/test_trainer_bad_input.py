@@ -184,6 +184,11 @@ BAD = [
         {"lora_target_modules": [], "use_peft": True},
         "lora_target_modules: expected a value, got",
     ),
+    (
+        fields,
+        {"lora_target_modules": ["all-linear", "embed_tokens"], "use_peft": True},
+        "lora_target_modules: expected names, or all-linear alone, got ('all-linear',",
+    ),
     (fields, {"model_dtype": "fp16"}, "model_dtype: expected one of float32, bfloat16, got 'fp16'"),
     # Fields that do not go together.
     (
@@ -218,6 +223,11 @@ BAD = [
         fields,
         {"min_lr_rate": 0.1, "lr_scheduler_type": "linear"},
         "min_lr_rate: expected 0 with lr_scheduler_type linear, as only cosine ends there, got 0.1",
+    ),
+    (
+        fields,
+        {"lr_scheduler_type": "constant", "warmup_ratio": 0.2},
+        "lr_scheduler_type: expected constant_with_warmup where warmup_ratio is given",
     ),
     # What the loss, the reference and the model refuse before anything is loaded.
     (before_start, {"loss_type": "dpo"}, "loss_type: expected one of"),
@@ -269,6 +279,13 @@ BAD = [
     # Rows.
     (row, b"{not json", "not valid JSON: Expecting property name"),
     (row, b'{"prompt": "\xff"}', "not valid JSON"),
+    (row, GOOD | {"prompt": "\ud83d"}, "not valid JSON: '\\ud83d' is half of a surrogate pair"),
+    (row, TALK | {"chosen": [{"role": "assistant", "content": "\udc00"}]}, "half of a surrogate"),
+    (
+        row,
+        TALK | {"tools": '[{"name": "\\ud83d"}]'},
+        "bad tools: not valid JSON: '\\ud83d' is half",
+    ),
     (row, b"[1, 2]", "not a JSON object: got list"),
     (row, {}, "missing field: chosen, rejected (the row has no field)"),
     (row, {"prompt": "a", "chosen": "b"}, "missing field: rejected (the row has prompt, chosen)"),
@@ -337,7 +354,7 @@ def test_skip_counts_bad_rows_by_reason(tmp_path):
     file.write_bytes(b"\n".join(map(as_line, [GOOD, *rows, TALK])))
     kept, bad = read_rows(file, "skip")
     assert len(kept) == 2 and bad.reasons.total() == len(rows)
-    assert bad.reasons["empty response"] == 4 and bad.reasons["not valid JSON"] == 2
+    assert bad.reasons["empty response"] == 4 and bad.reasons["not valid JSON"] == 4
 
 
 def test_many_bad_rows_are_counted_not_listed(tmp_path):

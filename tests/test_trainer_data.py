@@ -13,6 +13,8 @@ from trainer_tiny import ANSWER, CHATML, GOOD, TALK, USER, chat, record, tiny_to
 from trainer.config import InputError, RunConfig
 from trainer.data import BadRows, check_record
 from trainer.encoding import encode_rows, use_chat_template
+from trainer.evaluation.generate import prompt_ids
+from trainer.evaluation.prompts import Prompt
 from trainer.pairs import IGNORE
 from trainer.recipe import parse_config
 from trainer.sources import check_rows, hold_out, read_file, read_splits, weigh
@@ -41,6 +43,13 @@ def test_csv_rows_are_known_by_their_first_line(tmp_path):
     assert [row.source for row in rows] == [f"{file}:2", f"{file}:3"]
     assert (rows[0].prompt, rows[0].chosen, rows[1].prompt) == ("2+2=", " 4", "a\nb")
     assert bad.problems == [f"{file}:5: empty response: chosen"]
+
+
+def test_csv_cells_may_be_long(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,chosen,rejected\n" + "x" * 200_000 + ", 4, 5\n")
+    (row,) = read_rows((str(file),), BadRows("error"))
+    assert len(row.prompt) == 200_000
 
 
 TURN = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "bye"}]
@@ -201,6 +210,9 @@ def test_a_template_without_end_of_turn_gets_eos_once():
     tokenizer = tiny_tokenizer(plain)
     sequence = encode(TALK, tokenizer=tokenizer).chosen
     assert trained_text(sequence, tokenizer) == "hello\n<|im_end|>"
+    token = TALK | {"chosen": chat("", "say <|endoftext|> to end")[1]}  # part of what is said
+    sequence = encode(token, tokenizer=tokenizer).chosen
+    assert trained_text(sequence, tokenizer) == "say <|endoftext|> to end\n<|im_end|>"
 
 
 LLAMA3 = (
@@ -259,6 +271,16 @@ def test_every_style_continues_strings_after_one_bos(style):
         sequence = encode(row, 512, tokenizer).chosen
         assert tokenizer.decode(sequence.ids) == f"{bos}2+2= 4{eos}"
         assert trained_text(sequence, tokenizer) == f" 4{eos}"
+
+
+def test_an_end_that_a_prompt_of_strings_writes_stays_in_it(style):
+    tokenizer, _ = style
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    sequence = encode(GOOD | {"prompt": "2+2=" + eos}, 512, tokenizer).chosen
+    assert tokenizer.decode(sequence.ids) == f"{bos}2+2={eos} 4{eos}"
+    assert trained_text(sequence, tokenizer) == f" 4{eos}"
+    ids = prompt_ids(tokenizer, Prompt(1, "2+2=" + eos), [])
+    assert tokenizer.decode(ids) == f"{bos}2+2={eos}"
 
 
 def test_a_cut_prompt_keeps_bos(style):
@@ -353,6 +375,16 @@ def test_truncation_is_counted_and_equal_remains_are_dropped():
     split = encode_rows(rows, tiny_tokenizer(), Limits(16), BadRows("error"))
     assert len(split.pairs) == 2 and split.report["truncated_pairs"] == 1
     assert split.report["dropped"] == {"responses equal after truncation": 1}
+
+
+@pytest.mark.parametrize("max_length", [16, 256])
+def test_responses_that_a_template_makes_equal_are_a_bad_row(max_length):
+    """Most templates trim: such a pair's margin is 0, whatever the model says."""
+    trimming = tiny_tokenizer(CHATML.replace("m['content']", "m['content'] | trim"))
+    spaced = TALK | {"rejected": chat("", ANSWER[0]["content"] + " \n")[1]}
+    with pytest.raises(InputError, match="f:1: chosen equals rejected: once rendered"):
+        encode(spaced, max_length, trimming)
+    assert encode(spaced)  # two answers to a template that keeps white space
 
 
 def test_the_demo_data_is_complete_and_held_out():

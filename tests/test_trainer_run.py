@@ -200,6 +200,9 @@ def test_a_finished_run_is_not_replaced_unasked(finished, tiny):
     with pytest.raises(InputError, match="already holds a run.*--overwrite_output_dir"):
         run.run(parse_config([*tiny, "--output_dir", str(folder)]))
     assert read_metrics(folder) == rows
+    for place in (folder / "config.yaml", folder / "config.yaml" / "out"):
+        with pytest.raises(InputError, match="output_dir: cannot make the folder .*config.yaml"):
+            run.check(parse_config([*tiny, "--output_dir", str(place)]))
 
 
 def test_skipped_rows_are_reported(tiny, tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -74,9 +74,9 @@ def add_adapters(model: PreTrainedModel, config: RunConfig) -> PeftModel:
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         modules_to_save=list(config.lora_modules_to_save) or None,
     )
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if missing := set(config.lora_modules_to_save) - names:
-        raise InputError(f"lora_modules_to_save: no module is called {', '.join(sorted(missing))}")
+    if targets != ["all-linear"]:
+        _check_names("lora_target_modules", targets, model)
+    _check_names("lora_modules_to_save", config.lora_modules_to_save, model)
     tied = model.config.get_text_config().tie_word_embeddings
     try:
         adapted = get_peft_model(model, lora)
@@ -94,6 +94,18 @@ def add_adapters(model: PreTrainedModel, config: RunConfig) -> PeftModel:
                 "embedding are one weight, so neither can be adapted without the other"
             )
     return adapted
+
+
+def _check_names(field: str, names: Iterable[str], model: nn.Module) -> None:
+    """Refuse names that no module has, as its own or as the end of its path; peft ignores them."""
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    missing = [name for name in names if not any(path.endswith(f".{name}") for path in paths)]
+    if missing:
+        own = sorted({path.rpartition(".")[2] for path in paths} - {""})
+        own = [name for name in own if not name.isdigit()]
+        raise InputError(
+            f"{field}: no module is called {', '.join(missing)}; the model has {', '.join(own)}"
+        )
 
 
 @contextlib.contextmanager

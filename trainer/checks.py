@@ -90,6 +90,9 @@ IMPOSSIBLE: dict[str, Callable[[RunConfig], bool]] = {
     "use_peft: expected true where a lora_ field is given, got false": lambda c: (
         not c.use_peft and _given(c, "lora_")
     ),
+    "lora_target_modules: expected names, or all-linear alone, got {lora_target_modules}": (
+        lambda c: "all-linear" in c.lora_target_modules and len(c.lora_target_modules) > 1
+    ),
     "load_in_4bit: expected false without use_peft, as 4-bit weights cannot be trained": lambda c: (
         c.load_in_4bit and not c.use_peft
     ),
@@ -98,6 +101,11 @@ IMPOSSIBLE: dict[str, Callable[[RunConfig], bool]] = {
     ),
     "optim: expected adamw_torch or adamw_8bit where an adam_ field is given, got {optim}": (
         lambda c: "adamw" not in c.optim and _given(c, "adam_")
+    ),
+    "lr_scheduler_type: expected constant_with_warmup where warmup_ratio is given, got constant": (
+        lambda c: (
+            c.lr_scheduler_type == "constant" and c.warmup_ratio > 0 and _given(c, "warmup_ratio")
+        )
     ),
     "min_lr_rate: expected 0 with lr_scheduler_type {lr_scheduler_type}, as only cosine ends "
     "there, got {min_lr_rate}": lambda c: c.min_lr_rate > 0 and c.lr_scheduler_type != "cosine",

@@ -97,7 +97,7 @@ class RunConfig:
     lora_dropout: float = 0.0
     """Dropout on what the adapters read, in training only; the model's own dropout is off."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of the layers that get adapters; `all-linear` is every one but lm_head."""
+    """Names of the layers that get adapters; `all-linear` is every linear module but lm_head."""
     lora_modules_to_save: tuple[str, ...] = ()
     """Names of modules that are trained whole, as copies that are saved with the adapters."""
     load_in_4bit: bool = False
@@ -123,7 +123,7 @@ class RunConfig:
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Schedule of the learning rate over the run, after the warm-up."""
     warmup_ratio: float = 0.1
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the steps over which the learning rate rises from 0; `constant` has no warm-up."""
     min_lr_rate: float = 0.0
     """Share of the peak at which `cosine` ends."""
     adam_beta1: float = 0.9

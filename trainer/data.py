@@ -87,6 +87,22 @@ class BadRows:
             raise InputError(f"no usable preference pair in the given data{why}")
 
 
+def parse_json(text: bytes | str) -> object:
+    """JSON of whole characters, which a tokenizer takes.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or a string with half of a surrogate pair, which JSON's
+            escapes can write.
+    """
+    value = json.loads(text)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{half!r} is half of a surrogate pair, no character") from None
+    return value
+
+
 def check_record(record: bytes | dict, source: str) -> Row:
     """Turn one line of JSON, or one record, into a `Row`.
 
@@ -96,8 +112,8 @@ def check_record(record: bytes | dict, source: str) -> Row:
     """
     if isinstance(record, bytes):
         try:
-            record = json.loads(record)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            record = parse_json(record)
+        except ValueError as error:
             raise BadRow("not valid JSON", str(error)) from None
     if not isinstance(record, dict):
         raise BadRow("not a JSON object", f"got {type(record).__name__}")
@@ -158,7 +174,7 @@ def _check_tools(tools: object, prompt: Text) -> list[dict] | None:
     """The `tools` column: a list of JSON objects, or the same as JSON text."""
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else None
+            tools = parse_json(tools) if tools.strip() else None
         except ValueError as error:
             raise BadRow("bad tools", f"not valid JSON: {error}") from None
     if not tools:

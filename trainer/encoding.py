@@ -46,7 +46,7 @@ def encode_rows(
         rows: checked rows.
         tokenizer: renders chat messages by its chat template; strings are concatenated.
         limits: most tokens of a sequence, and what becomes of a longer pair.
-        bad: receives the rows whose prompt is no prefix of the rendered text.
+        bad: receives the rows that cannot be used once they are rendered.
 
     Returns:
         The pairs, with counts of pairs, tokens, trained tokens, truncated and dropped pairs, and
@@ -87,6 +87,7 @@ class Encoder:
         self.tokenizer, self.limits = tokenizer, limits
         added = {token for token, info in tokenizer.added_tokens_decoder.items() if info.special}
         self.special = added | set(tokenizer.all_special_ids)
+        self.added_end = added_end(tokenizer)
         self.opening: list[int] | None = None
         self.dropped: Counter[str] = Counter()
         self.truncated: Counter[str] = Counter()
@@ -148,16 +149,16 @@ class Encoder:
             raise BadRow("chat template refuses the messages", str(error)) from None
 
     def _tokenize(self, texts: set[str], chat: bool) -> dict[str, list[int]]:
-        """Token ids of texts; strings get the tokenizer's own BOS, unless they bring one."""
+        """Token ids of texts; strings get the tokenizer's BOS, if they bring none, and no EOS."""
         if not texts:
             return {}
         listed = list(texts)
         rows = self.tokenizer(
             listed, add_special_tokens=not chat, return_attention_mask=False, verbose=False
         )["input_ids"]
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        bos = self.tokenizer.bos_token_id
         if not chat:
-            rows = [_without_end(ids, eos) for ids in rows]
+            rows = [ids[: len(ids) - self.added_end] for ids in rows]
         if bos is not None:
             rows = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in rows]
         return dict(zip(listed, rows, strict=True))
@@ -195,18 +196,29 @@ class Encoder:
         if not trained:
             raise BadRow("nothing to train on", "the response renders to no token")
         eos = self.tokenizer.eos_token_id
-        ended = chat and tokens[-1] in self.special  # or the template never ends a turn
-        if eos is not None and not ended:
+        ends = self.special if chat else {eos}
+        if eos is not None and tokens[-1] not in ends:  # a template may never end a turn
             tokens, trained = [*tokens, eos], [*trained, True]
         return prompt, tokens, trained
 
     def _end_of_turn(self, turn: list[int]) -> int:
-        """Trained length of an assistant turn: up to its last special token, inclusive, or all."""
+        """Trained length of an assistant turn: up to the special token at its end, or all.
+
+        White space may follow that token. A special token before other text is part of what is
+        said.
+        """
         ends = (k for k in range(len(turn), 0, -1) if turn[k - 1] in self.special)
-        return next(ends, len(turn))
+        end = next(ends, len(turn))
+        return end if not self.tokenizer.decode(turn[end:]).strip() else len(turn)
 
     def _pair(self, parts: list[tuple], chat: bool) -> Pair | None:
-        """Cut to the limits; None if the pair is dropped."""
+        """Cut to the limits; None if the pair is dropped.
+
+        Raises:
+            BadRow: the template, or the tokenizer, removes what the responses differ in.
+        """
+        if parts[0][1:] == parts[1][1:]:
+            raise BadRow("chosen equals rejected", "once rendered and tokenized")
         prompt, limits = np.array(parts[0][0], np.int32), self.limits
         lengths = [len(tokens) for _, tokens, _ in parts]
         why = limits.too_long(len(prompt), max(lengths))
@@ -238,12 +250,10 @@ class Encoder:
         return size if size and prompt[-size:].tolist() == self.opening else 0
 
 
-def _without_end(ids: list[int], eos: int | None) -> list[int]:
-    """Without the EOS of the tokenizer, of the text, or of both."""
-    size = len(ids)
-    while size and ids[size - 1] == eos:
-        size -= 1
-    return ids[:size]
+def added_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens, 0 or 1, the tokenizer appends as EOS to a text of its own accord."""
+    eos = tokenizer.eos_token_id
+    return int(eos is not None and tokenizer("a")["input_ids"][-1:] == [eos])
 
 
 def _sequence(prompt: np.ndarray, response: list[int], trained: list[bool]) -> Sequence:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from trainer.config import InputError
 
@@ -30,8 +31,9 @@ def run_generate(args: argparse.Namespace) -> None:
 
     options = vars(args)
     models = _assignments("models", options.pop("models"))
-    files = {name: options.pop(name) for name in ("prompts", "output_dir")}
-    for path in generate(**files, models=models, sampling=Sampling(**options)):
+    own = ("prompts", "output_dir", "logit_scale", "logit_softcap")
+    own = {name: options.pop(name) for name in own}
+    for path in generate(**own, models=models, sampling=Sampling(**options)):
         print(f"written: {path}")
 
 
@@ -58,15 +60,29 @@ def run_winrate(args: argparse.Namespace) -> None:
 
 
 def _assignments(option: str, words: list[str]) -> dict[str, str]:
-    """`A=B` words as a dictionary."""
-    pairs = [word.partition("=") for word in words]
-    for word, (key, _, value) in zip(words, pairs, strict=True):
+    """`A=B` words as a dictionary, each `A` once."""
+    assigned: dict[str, str] = {}
+    for word in words:
+        key, _, value = word.partition("=")
         if not key or not value:
             raise InputError(f"{option}: expected A=B, got {word!r}")
-    return {key: value for key, _, value in pairs}
+        if key in assigned:
+            raise InputError(f"{option}: expected different names, got {key!r} twice")
+        assigned[key] = value
+    return assigned
 
 
-MODELS = "folders or hub ids, or package:NAME; /FILE.gguf may follow"
+def _seed(word: str) -> int:
+    if not word.isdecimal() or int(word) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected an integer in [0, 2^32), got {word!r}")
+    return int(word)
+
+
+def _model_options(add: Callable) -> None:
+    paths = "folders or hub ids, or package:NAME; /FILE.gguf may follow"
+    add("--models", nargs="+", required=True, metavar="NAME=PATH", help=paths)
+    add("--logit_scale", type=float, help="as in training, for an architecture that is not known")
+    add("--logit_softcap", type=float, help="likewise")
 
 
 def _score_options(commands: argparse._SubParsersAction) -> None:
@@ -74,7 +90,7 @@ def _score_options(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run_score)
     add = parser.add_argument
     add("--data", nargs="+", required=True, metavar="FILE", help="preference pairs")
-    add("--models", nargs="+", required=True, metavar="NAME=PATH", help=MODELS)
+    _model_options(add)
     add("--reference", required=True, metavar="PATH", help="the model that training started from")
     add("--output_dir", required=True, metavar="DIR", help="where scores.json, .jsonl go")
     add("--beta", type=float, default=0.1, help="scales the rewards, as in training [0.1]")
@@ -82,7 +98,7 @@ def _score_options(commands: argparse._SubParsersAction) -> None:
     add("--batch_size", type=int, default=4, help="pairs in one forward pass [4]")
     add("--kl_prompts", type=int, default=32, help="prompts for the KL; 0 leaves it out [32]")
     add("--kl_tokens", type=int, default=128, help="length of its sampled answers [128]")
-    add("--seed", type=int, default=0, help="of these samples [0]")
+    add("--seed", type=_seed, default=0, help="of these samples [0]")
 
 
 def _generate_options(commands: argparse._SubParsersAction) -> None:
@@ -90,12 +106,12 @@ def _generate_options(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run_generate)
     add = parser.add_argument
     add("--prompts", required=True, metavar="FILE", help="prompts: the trainer's or FastChat's")
-    add("--models", nargs="+", required=True, metavar="NAME=PATH", help=MODELS)
+    _model_options(add)
     add("--output_dir", required=True, metavar="DIR", help="where NAME.jsonl go, or are continued")
     add("--max_new_tokens", type=int, default=1024, help="where an answer is cut [1024]")
     add("--temperature", type=float, default=0.0, help="0 is greedy [0]")
     add("--top_p", type=float, default=1.0, help="probability mass that is drawn from [1]")
-    add("--seed", type=int, default=0, help="of the random draws [0]")
+    add("--seed", type=_seed, default=0, help="of the random draws [0]")
     add("--batch_size", type=int, default=8, help="prompts answered at once [8]")
 
 
@@ -142,7 +158,7 @@ def _winrate_options(commands: argparse._SubParsersAction) -> None:
     )
     add("--rename", nargs="+", default=[], metavar="MODEL=NAME", help="names to show")
     add("--samples", type=int, default=2000, help="bootstrap samples [2000]")
-    add("--seed", type=int, default=0, help="of the bootstrap [0]")  # fmt: skip
+    add("--seed", type=_seed, default=0, help="of the bootstrap [0]")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -126,17 +126,19 @@ def check_trackers(config: RunConfig) -> None:
 
 
 def check_output_dir(config: RunConfig, checkpoint: Path | None) -> None:
-    """Refuse to replace an earlier run unasked.
+    """Make the folder, and refuse to replace an earlier run unasked.
 
     The folder of the checkpoint to go on from is no earlier run, nor, for `auto`, is one that was
     stopped before its first checkpoint.
 
     Raises:
-        InputError: the folder holds a run and `overwrite_output_dir` is off, or it is a file.
+        InputError: the folder holds a run and `overwrite_output_dir` is off, or cannot be made.
     """
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir: {folder} is a file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir: cannot make the folder {folder}: {error.strerror}") from None
     metrics = folder / METRICS_FILE
     resuming = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     unfinished = not (folder / MODEL_FOLDER).exists()

@@ -20,6 +20,8 @@ from accelerate import PartialState
 from trainer.config import InputError, RunConfig, find_file
 from trainer.data import FIELDS, BadRow, BadRows, Row, check_record
 
+csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document; the default is 128 KiB
+
 Records = Iterator[tuple[int, bytes | dict]]  # line or row number, and what is there
 
 

@@ -28,6 +28,8 @@ def read_answers(files: list[str]) -> Answers:
                 turns = None
             if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
                 raise InputError(f'{place}: expected "choices": [{{"turns": [text, ...]}}]')
+            if not isinstance(row["model_id"], str):
+                raise InputError(f"{place}: expected a name as model_id, got {row['model_id']!r}")
             of_model = answers.setdefault(row["model_id"], {})
             if row["question_id"] in of_model:
                 raise InputError(f"{place}: a second answer of {row['model_id']} to this question")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config import InputError
+from trainer.encoding import added_end
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.prompts import Prompt, read_prompts
 from trainer.evaluation.records import JsonlLog, open_folder
@@ -42,14 +44,18 @@ class Sampling:
         for field in ("max_new_tokens", "batch_size"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field}: expected >= 1, got {getattr(self, field)}")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature: expected a number >= 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p: expected a number in (0, 1], got {self.top_p}")
 
 
 def generate(
-    prompts: str, models: dict[str, str], output_dir: str, sampling: Sampling
+    prompts: str,
+    models: dict[str, str],
+    output_dir: str,
+    sampling: Sampling,
+    **head: float | None,
 ) -> list[Path]:
     """Write `NAME.jsonl` with the answers of every model, in FastChat's format.
 
@@ -58,6 +64,7 @@ def generate(
         models: paths by name.
         output_dir: where the answer files go, and are continued.
         sampling: how answers are drawn.
+        head: `logit_scale`, `logit_softcap`, as in training, for an architecture that is not known.
 
     Returns:
         The answer files.
@@ -65,8 +72,8 @@ def generate(
     Raises:
         InputError: unusable prompts or models, or answers in the folder that were drawn otherwise.
     """
-    todo, sources, folder = read_prompts(prompts), named_sources(models), open_folder(output_dir)
-    paths = []
+    todo, sources = read_prompts(prompts), named_sources(models, head)
+    folder, paths = open_folder(output_dir), []
     for name, source in sources.items():
         paths.append(folder / f"{name}.jsonl")
         with JsonlLog(paths[-1]) as log:
@@ -142,7 +149,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answers: list
     """Token ids that the next answer follows: text as it is, messages by the chat template."""
     if isinstance(prompt.start, str):
         ids = tokenizer(prompt.start)["input_ids"]
-        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        return ids[: len(ids) - added_end(tokenizer)]
     if tokenizer.chat_template is None:
         raise InputError(
             f"question {prompt.question!r}: chat messages, but the model's tokenizer has no chat "

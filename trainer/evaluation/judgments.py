@@ -16,6 +16,7 @@ score -1) is counted as malformed and left out, as FastChat does.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -64,21 +65,23 @@ def read_judgments(files: list[str], names: dict[str, str]) -> Judgments:
         names: other names for some models.
 
     Raises:
-        InputError: an unreadable line, an unknown winner, the same comparison twice, both formats
-            together, a name that is no model's, or nothing to compare.
+        InputError: an unreadable line or value, an unknown winner, the same comparison twice, both
+            formats together, a name that is no model's, or nothing to compare.
     """
     rows = [row for name in files for row in read_jsonl(name, "question_id")]
     pairwise = {"g1_winner" in row for _, row in rows}
     if len(pairwise) > 1:
         raise InputError("pairwise and single-score judgments cannot be counted together")
     keys = ("model_1", "model_2") if pairwise.pop() else ("model",)
-    unknown = set(names) - {row.get(key) for _, row in rows for key in keys}
+    unknown = set(names) - {_model(place, row, key, {}) for place, row in rows for key in keys}
     if unknown:
         raise InputError(f"rename: no model is called {', '.join(sorted(unknown))}")
     judgments, first_place = Judgments(), {}
     for place, row in rows:
         models = tuple(_model(place, row, key, names) for key in keys)
         turn, judge = row.get("turn", 1), str(row.get("judge"))
+        if not isinstance(turn, int):
+            raise InputError(f"{place}: expected an integer as 'turn', got {turn!r}")
         key = (row["question_id"], turn, frozenset(models), judge)
         if first_place.setdefault(key, place) != place:
             raise InputError(f"{place}: the same judgment as {first_place[key]}")
@@ -102,7 +105,7 @@ def _read_pairwise(judgments: Judgments, rows: list, names: dict[str, str]) -> N
         if a == b:
             raise InputError(f"{place}: {a} is compared with itself")
         winners = [row.get(key) for key in ("g1_winner", "g2_winner")]
-        if not set(winners) <= set(WINNERS):
+        if not all(winner in WINNERS for winner in winners):
             raise InputError(f"{place}: expected winners among {', '.join(WINNERS)}, got {winners}")
         if "error" in winners:
             judgments.malformed += 1
@@ -118,8 +121,9 @@ def _read_single(judgments: Judgments, rows: list, names: dict[str, str]) -> Non
     judged: dict[tuple, dict[str, float]] = defaultdict(dict)
     for place, row in rows:
         model, score = _model(place, row, "model", names), row.get("score")
-        if isinstance(score, bool) or not isinstance(score, int | float):
-            raise InputError(f"{place}: expected a number as 'score', got {score!r}")
+        number = isinstance(score, int | float) and not isinstance(score, bool)
+        if not number or not math.isfinite(score):
+            raise InputError(f"{place}: expected a finite number as 'score', got {score!r}")
         if score < 0:
             judgments.malformed += 1
             continue

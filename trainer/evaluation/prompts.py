@@ -65,9 +65,7 @@ def read_prompts(name: str) -> list[Prompt]:
     return list(prompts.values())
 
 
-def _parse(place: str, question: object, row: dict) -> Prompt:
-    if not isinstance(question, int | str):
-        raise InputError(f"{place}: expected a number or string as question_id, got {question!r}")
+def _parse(place: str, question: Hashable, row: dict) -> Prompt:
     turns = row.get("turns")
     if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
         return Prompt(question, ({"role": "user", "content": turns[0]},), tuple(turns[1:]))

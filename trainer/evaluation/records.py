@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from trainer.config import InputError, find_file
+from trainer.data import parse_json
 
 
 def read_jsonl(name: str, *fields: str) -> list[tuple[str, dict]]:
@@ -19,7 +20,8 @@ def read_jsonl(name: str, *fields: str) -> list[tuple[str, dict]]:
         (`file:line`, object) for every line that is not blank.
 
     Raises:
-        InputError: no such file, no line, a line that is no JSON object, or a missing key.
+        InputError: no such file, no line, a line that is no JSON object, a missing key, or a
+            `question_id` that is neither number nor string.
     """
     path, rows = find_file(name), []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -27,8 +29,8 @@ def read_jsonl(name: str, *fields: str) -> list[tuple[str, dict]]:
             continue
         place = f"{name}:{number}"
         try:
-            row = json.loads(line)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            row = parse_json(line)
+        except ValueError as error:
             raise InputError(f"{place}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}")
@@ -36,6 +38,11 @@ def read_jsonl(name: str, *fields: str) -> list[tuple[str, dict]]:
         if missing:
             has = ", ".join(row) or "nothing"
             raise InputError(f"{place}: no field {', '.join(missing)} (the line has {has})")
+        question = row.get("question_id", number)
+        if not isinstance(question, int | float | str):
+            raise InputError(
+                f"{place}: expected a number or string as question_id, got {question!r}"
+            )
         rows.append((place, row))
     if not rows:
         raise InputError(f"{name}: the file is empty")
@@ -54,6 +61,8 @@ class JsonlLog:
         whole = content.rfind(b"\n") + 1
         try:
             self.rows = [json.loads(line) for line in content[:whole].splitlines()]
+            if not all(isinstance(row, dict) for row in self.rows):
+                raise ValueError("a line is no JSON object")
         except ValueError as error:
             raise InputError(f"{path}: damaged ({error}); remove it to start anew") from None
         self.file = path.open("ab")
@@ -92,10 +101,11 @@ def open_folder(output_dir: str) -> Path:
     """The output folder, created if need be.
 
     Raises:
-        InputError: it is a file.
+        InputError: it cannot be made, or is a file.
     """
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir: {folder} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir: cannot make the folder {folder}: {error.strerror}") from None
     return folder

@@ -46,6 +46,8 @@ def score(
     kl_prompts: int,
     kl_tokens: int,
     seed: int,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """Write `scores.json` (means) and `scores.jsonl` (a line per model and pair).
 
@@ -60,6 +62,7 @@ def score(
         kl_prompts: prompts on which the KL is estimated, the first ones; 0 leaves it out.
         kl_tokens: length to which answers are drawn for it.
         seed: of these draws.
+        logit_scale, logit_softcap: as in training, for an architecture that is not known.
 
     Returns:
         What `scores.json` holds: metrics by model.
@@ -72,8 +75,9 @@ def score(
     ):  # fmt: skip
         if not value >= least:
             raise InputError(f"{name}: expected >= {least}, got {value}")
-    sources, folder = named_sources(models), open_folder(output_dir)
-    model, tokenizer = open_model(Source(reference), data[0])
+    head = {"logit_scale": logit_scale, "logit_softcap": logit_softcap}
+    sources, folder = named_sources(models, head), open_folder(output_dir)
+    model, tokenizer = open_model(Source(reference, **head), data[0])
     places, pairs = read_pairs(data, tokenizer, max_length)
     base = PreferenceModel(model, {})
     check_model(base, pairs[0])
