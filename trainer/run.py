@@ -8,6 +8,7 @@ python trainer/run.py --help                                      every field
 
 import ctypes
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -160,12 +161,16 @@ def finish(
 ) -> None:
     """Save the model, draw the plot, write the model card, and upload them if asked to."""
     log, weights = training.log, distributed.whole_weights(training.model)
+    draft = log.model_folder.with_name(f".{log.model_folder.name}")
     if accelerator.is_main_process:
         policy = accelerator.unwrap_model(training.model)
-        save_model(policy.model, tokenizer, log.model_folder, weights)
+        shutil.rmtree(draft, ignore_errors=True)
+        save_model(policy.model, tokenizer, draft, weights)
     log.finish(time.perf_counter() - started)
     if accelerator.is_main_process:
-        card.write_card(config, log.rows, log.samples, log.model_folder)
+        card.write_card(config, log.rows, log.samples, draft)
+        shutil.rmtree(log.model_folder, ignore_errors=True)  # of the run that was resumed
+        draft.rename(log.model_folder)
         if config.push_to_hub:
             card.push(config, log.model_folder)
     accelerator.wait_for_everyone()
