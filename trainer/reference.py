@@ -98,7 +98,7 @@ class Reference:
             policy: the prepared `PreferenceModel`.
             splits, plans: the data sets, and the plan of each.
         """
-        score = scorer(policy if self.model is None else self.model)
+        score = scorer(policy if self.model is None else self.model, self.accelerator)
         for name, split in splits.items():
             if self.config.reference in ("online", "adapter"):
                 split.reference = score
@@ -185,17 +185,18 @@ def _check_tokens(
             )
 
 
-def scorer(model: nn.Module) -> Scorer:
+def scorer(model: nn.Module, accelerator: Accelerator) -> Scorer:
     """A model, without adapters, as a function from a batch to its summed log-probs (2B,).
 
     Args:
         model: a `PreferenceModel`, prepared or not.
+        accelerator: gives the precision.
     """
 
     @torch.no_grad()
     def score(batch: Batch) -> Tensor:
         zeros = torch.zeros(2 * len(batch.indices), device=batch.labels.device)
-        with adapters.switched_off(model):
+        with accelerator.autocast(), adapters.switched_off(model):
             out = model(batch, zeros, 1, 1)
         return torch.cat([out.chosen_logps, out.rejected_logps])
 
