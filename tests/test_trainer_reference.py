@@ -256,6 +256,19 @@ def test_a_killed_computation_is_continued(tmp_path):
     assert torch.equal(table.logps, whole.logps)
 
 
+def test_a_table_in_use_is_not_changed_by_another_run(tmp_path):
+    path, ours, theirs = tmp_path / "a.logps", torch.full((2, 2), -1.0), torch.full((2, 2), -2.0)
+    table = Table(path, 2, on_disk=True)
+    table.write([0, 1], ours)
+    other = Table(path, 2, on_disk=True)
+    other.forget()
+    assert torch.equal(table.logps, ours)
+    assert not Table(path, 2, on_disk=True).known.any()
+    other.write([0, 1], theirs)
+    assert torch.equal(table.logps, ours)
+    assert torch.equal(Table(path, 2, on_disk=True).logps, theirs)
+
+
 @pytest.mark.parametrize(
     ("damage", "warning"),
     [
