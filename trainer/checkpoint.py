@@ -90,7 +90,10 @@ def fingerprint(
 ) -> dict[str, object]:
     """What decides every number of a run, by the field that sets it; files by their tokens."""
     order = json.dumps([sorted(step.indices) for step in steps])
-    data = {f"{name}_file": data_key(split.pairs) for name, split in splits.items()}
+    data = {
+        f"{name}_file": data_key(splits[name].pairs) if name in splits else None
+        for name in ("train", "eval")
+    }
     return _fields(config) | data | {PLAN: xxhash.xxh3_64(order.encode()).hexdigest()}
 
 
@@ -102,7 +105,7 @@ def check_fingerprint(folder: Path, now: dict[str, object]) -> None:
     """
     then = read_progress(folder)["fingerprint"]
     for field, value in now.items():
-        if field not in then or then[field] != value:
+        if then.get(field) != value:
             raise InputError(
                 f"{field}: {folder} was written with {then.get(field)}, got {value}; "
                 "set it back, or start a new run without resume_from_checkpoint"
