@@ -149,7 +149,10 @@ REFUSED = [
     (["--per_device_train_batch_size", "4"], "per_device_train_batch_size .* processes: .*written"),
     (["--max_length", "64"], "max_length: "),
     (["--train_file", "{eval}"], "train_file: .* was written with [0-9a-f]{16}, got"),
-    (["--sample_prompts", "0", "--eval_file"], "eval_file: .* was written with [0-9a-f]{16}, got None; set it back"),
+    (
+        ["--sample_prompts", "0", "--eval_file"],
+        "eval_file: .* was written with [0-9a-f]{16}, got None; set it back",
+    ),
     (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: expected auto or a folder"),
     (["--overwrite_output_dir", "true"], "resume_from_checkpoint: expected null with overwrite"),
 ]

@@ -28,6 +28,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from rpo_kernels.losses import LOSSES
 from trainer import adapters, ref_cache
 from trainer.config import InputError, RunConfig
+from trainer.fit import check_fit
 from trainer.head import KNOWN
 from trainer.loading import load_model, load_tokenizer, locate_model
 from trainer.model import PreferenceModel, check_model
@@ -145,6 +146,7 @@ def _other_model(
             raise InputError(
                 f"expected a model with the policy's vocabulary of {here} tokens, got {there}"
             )
+        check_fit(model.language_model, splits)
         check_model(model, splits["train"].pairs[0])
     except InputError as error:
         said = str(error).removeprefix("model_name_or_path: ")

@@ -30,6 +30,7 @@ from trainer import card, checkpoint, distributed, preview, report, zero3
 from trainer.adapters import add_adapters
 from trainer.config import InputError, RunConfig
 from trainer.encoding import encode_rows, use_chat_template
+from trainer.fit import check_answers, check_fit
 from trainer.loading import check_layers, load_model, load_tokenizer, locate_model, save_model
 from trainer.loop import Training, evaluate, evaluation_step, train
 from trainer.model import PreferenceModel, check_model, compile_layers, loss_options
@@ -61,6 +62,9 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     log = open_log(config, splits, fingerprint, resumed, accelerator)
 
     policy = PreferenceModel(load_model(source, config), options, config.activation_offloading)
+    check_fit(policy.language_model, splits)
+    if "eval" in splits:
+        check_answers(policy.language_model, splits["eval"], config)
     check_model(policy.to(accelerator.device), splits["train"].pairs[0])
     reference = Reference(config, policy, tokenizer, splits, accelerator)
     model, optimizer = prepare(policy, config, sharding, accelerator)
