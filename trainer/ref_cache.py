@@ -36,8 +36,8 @@ ROW = np.dtype([("logps", "<f4", 2), ("check", "<u4")])
 INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
 
 
-def model_key(model: PreTrainedModel, dtype: str) -> str:
-    """16 hex digits that change with any weight, the config, the logit transform and `dtype`.
+def weights_key(model: PreTrainedModel) -> str:
+    """16 hex digits that change with any weight.
 
     Every rank must call it; of weights that are partitioned each hashes its own part.
     """
@@ -49,10 +49,18 @@ def model_key(model: PreTrainedModel, dtype: str) -> str:
         own.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
         own.update(part.reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
     parts = dict.fromkeys(gather_object([own.hexdigest()]))  # replicas count once
+    return xxhash.xxh3_64(" ".join(parts).encode()).hexdigest()
+
+
+def model_key(model: PreTrainedModel, dtype: str) -> str:
+    """16 hex digits that change with any weight, the config, the logit transform and `dtype`.
+
+    Every rank must call it.
+    """
     config = {k: v for k, v in model.config.to_dict().items() if k not in INCIDENTAL}
     head = model.get_output_embeddings()
     transform = {"logit_scale": head.logit_scale, "logit_softcap": head.logit_softcap}
-    identity = [list(parts), config, transform, dtype]
+    identity = [weights_key(model), config, transform, dtype]
     return xxhash.xxh3_64(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 

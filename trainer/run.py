@@ -58,15 +58,16 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     if config.dry_run:
         preview.show(config, source, tokenizer, splits, plans)
         return []
-    fingerprint = checkpoint.fingerprint(config, splits, plans["train"])
-    log = open_log(config, splits, fingerprint, resumed, accelerator)
-
     policy = PreferenceModel(load_model(source, config), options, config.activation_offloading)
     check_fit(policy.language_model, splits)
     if "eval" in splits:
         check_answers(policy.language_model, splits["eval"], config)
     check_model(policy.to(accelerator.device), splits["train"].pairs[0])
     reference = Reference(config, policy, tokenizer, splits, accelerator)
+    models = {"model_name_or_path": policy, "ref_model_name_or_path": reference.model}
+    fingerprint = checkpoint.fingerprint(config, splits, plans["train"], models)
+    log = open_log(config, splits, fingerprint, resumed, accelerator)
+
     model, optimizer = prepare(policy, config, sharding, accelerator)
     reference.attach(model, splits, plans)
     schedule = make_schedule(optimizer, config, len(plans["train"]))
