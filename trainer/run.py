@@ -58,6 +58,7 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     if config.dry_run:
         preview.show(config, source, tokenizer, splits, plans)
         return []
+
     policy = PreferenceModel(load_model(source, config), options, config.activation_offloading)
     check_fit(policy.language_model, splits)
     if "eval" in splits:
@@ -67,7 +68,6 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     models = {"model_name_or_path": policy, "ref_model_name_or_path": reference.model}
     fingerprint = checkpoint.fingerprint(config, splits, plans["train"], models)
     log = open_log(config, splits, fingerprint, resumed, accelerator)
-
     model, optimizer = prepare(policy, config, sharding, accelerator)
     reference.attach(model, splits, plans)
     schedule = make_schedule(optimizer, config, len(plans["train"]))
