@@ -140,10 +140,12 @@ def test_loss_and_gradient_are_those_of_the_model_s_own_logits(whole):
 @pytest.mark.parametrize("whole", [(), ("lm_head",)])
 def test_the_adapter_reference_is_the_model_before_it_was_adapted(whole):
     batch = pack(tiny_split(2).pairs, (0, 1))
-    start = scorer(tiny_policy(tiny_llama(tied=False))[0])(batch)
-    policy, _ = adapted(tiny_llama(tied=False), lora_modules_to_save=whole, lora_dropout=0.5)
+    start = scorer(*tiny_policy(tiny_llama(tied=False)))(batch)
+    policy, accelerator = adapted(
+        tiny_llama(tied=False), lora_modules_to_save=whole, lora_dropout=0.5
+    )
     policy.train()
-    assert torch.equal(scorer(policy)(batch), start)
+    assert torch.equal(scorer(policy, accelerator)(batch), start)
     assert policy.training and all(
         p.requires_grad for n, p in policy.named_parameters() if "lora_" in n
     )
@@ -186,7 +188,7 @@ def test_frozen_weights_may_be_bfloat16(tmp_path):
     assert types == {(False, torch.bfloat16), (True, torch.float32)}
     split = tiny_split(2)
     with torch.autocast("cpu", torch.bfloat16):
-        split.reference = scorer(policy)
+        split.reference = scorer(policy, accelerator)
         values = run_step(policy, split, STEP, accelerator, train=True)
     assert values[1].item() == pytest.approx(math.log(2), abs=1e-2)
     assert all(p.grad.isfinite().all() for p in policy.parameters() if p.requires_grad)

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
-from trainer_tiny import record, save_tiny, write_jsonl
+from trainer_tiny import record, save_tiny, tiny_llama, write_jsonl
 
 from trainer import run
 from trainer.config import InputError
@@ -149,6 +149,10 @@ REFUSED = [
     (["--per_device_train_batch_size", "4"], "per_device_train_batch_size .* processes: .*written"),
     (["--max_length", "64"], "max_length: "),
     (["--train_file", "{eval}"], "train_file: .* was written with [0-9a-f]{16}, got"),
+    (
+        ["--sample_prompts", "0", "--eval_file"],
+        "eval_file: .* was written with [0-9a-f]{16}, got None; set it back",
+    ),
     (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: expected auto or a folder"),
     (["--overwrite_output_dir", "true"], "resume_from_checkpoint: expected null with overwrite"),
 ]
@@ -163,6 +167,18 @@ def test_a_change_that_alters_the_run_is_refused(tiny, whole, words, message):
     with pytest.raises(InputError, match=message):
         resume(tiny, whole, "auto", *words)
     assert same(outcome(whole), before)
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "ref_model_name_or_path"])
+def test_other_weights_in_the_same_folder_are_refused(tiny, tmp_path, name):
+    words = ["--max_steps", "2", "--save_steps", "2"]
+    for field in ("model_name_or_path", "ref_model_name_or_path"):
+        words += [f"--{field}", save_tiny(tmp_path / field)]
+    run.run(parse_config([*tiny, *words, "--output_dir", str(tmp_path / "out")]))
+    tiny_llama(seed=1).save_pretrained(tmp_path / name)
+    with pytest.raises(InputError, match=f"^weights of {name}: .* was written with [0-9a-f]+, got"):
+        resume(tiny, tmp_path / "out", "auto", *words)
+    assert (tmp_path / "out" / "model").exists()
 
 
 def test_replacing_a_run_removes_its_checkpoints(tiny, whole, tmp_path, monkeypatch):

@@ -51,6 +51,22 @@ def test_checkpointing_and_offloading_change_memory_but_not_the_gradient(tmp_pat
     assert torch.equal(kept_and_gradient(offloaded)[1], wanted)
 
 
+NOISY = [
+    ("starcoder2", {"residual_dropout": 0.3, "embedding_dropout": 0.3, "attention_dropout": 0.3}),
+    ("mixtral", {"router_jitter_noise": 0.3}),
+    ("gpt2", {"attn_pdrop": 0.3, "resid_pdrop": 0.3, "embd_pdrop": 0.3}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), NOISY, ids=lambda x: str(x)[:12])
+def test_a_model_s_own_noise_is_off(kind, fields, tmp_path):
+    tiny_model(kind, **fields).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), tiny_config()).train()
+    ids = torch.arange(30, 60)[None]
+    trained = model.base_model(ids).last_hidden_state
+    assert torch.equal(trained, model.eval().base_model(ids).last_hidden_state)
+
+
 def test_compiled_layers_give_the_same_gradient_without_compiling_every_batch(monkeypatch):
     compiled = nn.Module.compile
     monkeypatch.setattr(  # the compiler's front end is what may go wrong; its back end takes long

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from trainer_tiny import (
     CHATML,
     record,
@@ -90,6 +91,14 @@ def test_every_mode_gives_the_same_numbers(train, folder):
     assert train("--reference", "online")[:2] == (rows, [])
 
 
+def test_every_mode_starts_at_the_policy_in_bfloat16(train, folder, fresh_accelerator):
+    ours, _, _ = train("--dtype", "bfloat16", "--max_steps", 1)
+    same = ["--ref_model_name_or_path", folder / "model"]
+    assert ours[0]["eval/rewards/margins"] == ours[1]["rewards/margins"] == 0
+    for words in (["--reference", "online"], same, [*same, "--reference", "online"]):
+        assert train("--dtype", "bfloat16", "--max_steps", 1, *words)[0] == ours
+
+
 def save_other(folder, model):
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -126,7 +135,7 @@ def test_a_reference_of_another_architecture_has_its_own_transform(kind, transfo
     model = other_reference(save_other(tmp_path / "other", wanted), **fields)
     head = model.language_model.get_output_embeddings()
     assert (head.logit_scale, head.logit_softcap) == transform
-    found = scorer(model)(pack(split.pairs, (0, 1)))
+    found = scorer(model, Accelerator(cpu=True))(pack(split.pairs, (0, 1)))
     chosen, rejected = ([getattr(p, side) for p in split.pairs] for side in ("chosen", "rejected"))
     torch.testing.assert_close(found, sequence_logps(wanted, chosen + rejected).detach())
 
@@ -231,7 +240,7 @@ def test_a_killed_computation_is_continued(tmp_path):
             calls.append(batch.indices)
             if len(calls) == number:
                 raise KeyboardInterrupt
-            return scorer(policy)(batch)
+            return scorer(policy, accelerator)(batch)
 
         return score
 
@@ -243,8 +252,21 @@ def test_a_killed_computation_is_continued(tmp_path):
     fill(table, split, steps, killed_at(0), accelerator, "ref", 1e-4)
     assert calls == [(0, 1, 2, 3), (4, 5)]  # the sample, and what was missing
     whole = Table(tmp_path / "b.logps", 6, on_disk=True)
-    fill(whole, split, steps, scorer(policy), accelerator, "ref", 1e-4)
+    fill(whole, split, steps, scorer(policy, accelerator), accelerator, "ref", 1e-4)
     assert torch.equal(table.logps, whole.logps)
+
+
+def test_a_table_in_use_is_not_changed_by_another_run(tmp_path):
+    path, ours, theirs = tmp_path / "a.logps", torch.full((2, 2), -1.0), torch.full((2, 2), -2.0)
+    table = Table(path, 2, on_disk=True)
+    table.write([0, 1], ours)
+    other = Table(path, 2, on_disk=True)
+    other.forget()
+    assert torch.equal(table.logps, ours)
+    assert not Table(path, 2, on_disk=True).known.any()
+    other.write([0, 1], theirs)
+    assert torch.equal(table.logps, ours)
+    assert torch.equal(Table(path, 2, on_disk=True).logps, theirs)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +361,15 @@ def test_what_is_not_finite_is_not_stored(tmp_path):
     policy.language_model.model.norm.weight.data[0] = torch.nan
     table = Table(tmp_path / "a.logps", 4, on_disk=True)
     with pytest.raises(FloatingPointError, match="of pairs .* are not finite"):
-        fill(table, split, [Step((((0, 1),),))], scorer(policy), accelerator, "ref", 1e-4)
+        fill(
+            table,
+            split,
+            [Step((((0, 1),),))],
+            scorer(policy, accelerator),
+            accelerator,
+            "ref",
+            1e-4,
+        )
     assert not Table(tmp_path / "a.logps", 4, on_disk=True).known.any()
 
 
@@ -347,8 +377,16 @@ def test_only_pairs_of_the_plan_are_computed():
     split, (policy, accelerator) = tiny_split(6), tiny_policy()
     table = Table("memory", 6, on_disk=False)
     steps = plan_pass([5, 0, 2], 2, 1, 1)
-    fill(table, split, steps, scorer(policy), accelerator, "ref", 1e-4)
+    fill(table, split, steps, scorer(policy, accelerator), accelerator, "ref", 1e-4)
     assert table.known.tolist() == [True, False, True, False, False, True]
     before = table.logps.clone()
-    fill(table, split, plan_pass(list(range(6)), 3, 1, 1), scorer(policy), accelerator, "ref", 1e-4)
+    fill(
+        table,
+        split,
+        plan_pass(list(range(6)), 3, 1, 1),
+        scorer(policy, accelerator),
+        accelerator,
+        "ref",
+        1e-4,
+    )
     assert table.known.all() and torch.allclose(table.logps[[0, 2, 5]], before[[0, 2, 5]])

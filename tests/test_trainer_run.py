@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from trainer_tiny import record, save_tiny, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,14 +79,6 @@ def finished(tiny, tmp_path_factory):
     rows = run.run(parse_config([*tiny, "--output_dir", str(folder), "--eval_steps", "4"]))
     yield folder, rows
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def fresh_accelerator():
-    """accelerate keeps the first precision of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_run_writes_what_it_promises(finished):
@@ -203,6 +195,30 @@ def test_a_finished_run_is_not_replaced_unasked(finished, tiny):
     for place in (folder / "config.yaml", folder / "config.yaml" / "out"):
         with pytest.raises(InputError, match="output_dir: cannot make the folder .*config.yaml"):
             run.check(parse_config([*tiny, "--output_dir", str(place)]))
+
+
+def test_a_replaced_run_leaves_nothing_behind(finished, tiny, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished[0], tmp_path / "out")
+    words = [*tiny, "--output_dir", str(folder), "--max_steps", "1", "--overwrite_output_dir"]
+    run.run(parse_config([*words, "--use_peft"]))
+    names = {path.name for path in (folder / "model").iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+
+    monkeypatch.setattr(run, "train", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        run.run(parse_config(words))
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "data_report.json", "metrics.jsonl",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "ref_model_name_or_path"])
+def test_a_model_that_the_run_starts_from_is_not_replaced(finished, tiny, name):
+    folder = finished[0]
+    words = ["--output_dir", str(folder), "--overwrite_output_dir", f"--{name}"]
+    with pytest.raises(InputError, match=f"output_dir: .* holds {name}, .*; choose another one"):
+        run.run(parse_config([*tiny, *words, str(folder / "model")]))
+    assert (folder / "model" / "model.safetensors").exists()
 
 
 def test_skipped_rows_are_reported(tiny, tmp_path):

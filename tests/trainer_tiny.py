@@ -156,7 +156,7 @@ def as_split(pairs, ref_logps=None):
 def precomputed(policy, split, steps, accelerator):
     """The policy as its own reference, without a file."""
     table = Table(Path("memory"), len(split.pairs), on_disk=False)
-    fill(table, split, steps, scorer(policy), accelerator, "reference", 1e-4)
+    fill(table, split, steps, scorer(policy, accelerator), accelerator, "reference", 1e-4)
     return lookup(table.logps)
 
 

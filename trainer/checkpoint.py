@@ -35,9 +35,10 @@ from torch.distributed.checkpoint.state_dict import (
 from trainer import zero3
 from trainer.config import InputError, RunConfig
 from trainer.loop import Training
+from trainer.model import PreferenceModel
 from trainer.packing import Step
 from trainer.pairs import Split
-from trainer.ref_cache import data_key
+from trainer.ref_cache import data_key, weights_key
 
 # Said at every save of a single process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -86,12 +87,31 @@ def read_progress(folder: Path) -> dict[str, object]:
 
 
 def fingerprint(
-    config: RunConfig, splits: dict[str, Split], steps: list[Step]
+    config: RunConfig,
+    splits: dict[str, Split],
+    steps: list[Step],
+    models: dict[str, PreferenceModel | None],
 ) -> dict[str, object]:
-    """What decides every number of a run, by the field that sets it; files by their tokens."""
+    """What decides every number of a run, by the field that sets it.
+
+    Every rank must call it.
+
+    Args:
+        config: of the run.
+        splits: the data sets, known by their tokens.
+        steps: the plan of training.
+        models: what each field loaded, known by its weights.
+    """
     order = json.dumps([sorted(step.indices) for step in steps])
-    data = {f"{name}_file": data_key(split.pairs) for name, split in splits.items()}
-    return _fields(config) | data | {PLAN: xxhash.xxh3_64(order.encode()).hexdigest()}
+    data = {
+        f"{name}_file": data_key(splits[name].pairs) if name in splits else None
+        for name in ("train", "eval")
+    }
+    weights = {
+        f"weights of {name}": model and weights_key(model.language_model)
+        for name, model in models.items()
+    }
+    return _fields(config) | data | weights | {PLAN: xxhash.xxh3_64(order.encode()).hexdigest()}
 
 
 def check_fingerprint(folder: Path, now: dict[str, object]) -> None:
@@ -102,7 +122,7 @@ def check_fingerprint(folder: Path, now: dict[str, object]) -> None:
     """
     then = read_progress(folder)["fingerprint"]
     for field, value in now.items():
-        if field not in then or then[field] != value:
+        if then.get(field) != value:
             raise InputError(
                 f"{field}: {folder} was written with {then.get(field)}, got {value}; "
                 "set it back, or start a new run without resume_from_checkpoint"

@@ -105,11 +105,7 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
         ) from None
     if config.gguf_file is not None:
         model = _unquantized(model)
-    for module in model.modules():  # policy and reference must agree at step 0
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    _switch_noise_off(model)  # policy and reference must agree at step 0
     if config.use_liger_kernel:
         _use_liger(model)
     if config.gradient_checkpointing:  # its older name is all that transformers 5.17 knows
@@ -117,6 +113,16 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         model.train()  # layers are checkpointed in training mode only; there is no dropout
     return fuse_lm_head(model, config.logit_scale, config.logit_softcap)
+
+
+def _switch_noise_off(model: PreTrainedModel) -> None:
+    """Set every rate of dropout, of skipped layers and of a router's jitter to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and name.endswith(("dropout", "layerdrop", "jitter_noise")):
+                setattr(module, name, 0.0)
 
 
 def _use_liger(model: PreTrainedModel) -> None:

@@ -6,10 +6,10 @@ A table's file is named by what its numbers depend on, and by nothing else:
                         DATA:  token ids of all pairs, and which of them are trained on
 
 So it serves every run of a sweep over learning rates or losses, and another model, chat template,
-data set or `max_length` is another file. It is mapped into memory and holds a row of 12 bytes per
-pair: chosen, rejected, and a checksum of the two and the row's number. A row whose checksum is 0
-was never computed, one whose checksum is wrong is damaged; either is computed, so a run that was
-killed is continued by the next one, and a broken file is mended.
+data set or `max_length` is another file. It holds a row of 12 bytes per pair: chosen, rejected, and
+a checksum of the two and the row's number. A row whose checksum is 0 was never computed, one whose
+checksum is wrong is damaged; either is computed, so a run that was killed is continued by the next
+one, and a broken file is mended.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ ROW = np.dtype([("logps", "<f4", 2), ("check", "<u4")])
 INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
 
 
-def model_key(model: PreTrainedModel, dtype: str) -> str:
-    """16 hex digits that change with any weight, the config, the logit transform and `dtype`.
+def weights_key(model: PreTrainedModel) -> str:
+    """16 hex digits that change with any weight.
 
     Every rank must call it; of weights that are partitioned each hashes its own part.
     """
@@ -49,10 +49,18 @@ def model_key(model: PreTrainedModel, dtype: str) -> str:
         own.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
         own.update(part.reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
     parts = dict.fromkeys(gather_object([own.hexdigest()]))  # replicas count once
+    return xxhash.xxh3_64(" ".join(parts).encode()).hexdigest()
+
+
+def model_key(model: PreTrainedModel, dtype: str) -> str:
+    """16 hex digits that change with any weight, the config, the logit transform and `dtype`.
+
+    Every rank must call it.
+    """
     config = {k: v for k, v in model.config.to_dict().items() if k not in INCIDENTAL}
     head = model.get_output_embeddings()
     transform = {"logit_scale": head.logit_scale, "logit_softcap": head.logit_softcap}
-    identity = [list(parts), config, transform, dtype]
+    identity = [weights_key(model), config, transform, dtype]
     return xxhash.xxh3_64(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -81,7 +89,9 @@ class Table:
             InputError: the folder cannot be written.
         """
         self.path = path
-        self.rows = _open(path, pairs) if on_disk else np.zeros(pairs, ROW)
+        self.disk = _open(path, pairs) if on_disk else None
+        self.rows = np.zeros(pairs, ROW) if self.disk is None else np.array(self.disk)
+        """This table's own: another run, or another split of the same pairs, may write the file."""
         self.logps = torch.from_numpy(self.rows["logps"])
         checks = [_check(i, logps) for i, logps in enumerate(self.rows["logps"])]
         self.known = self.rows["check"] == np.array(checks, np.uint32)
@@ -94,11 +104,15 @@ class Table:
         self.rows["logps"][indices] = logps.numpy()
         self.rows["check"][indices] = [_check(i, self.rows["logps"][i]) for i in indices]
         self.known[indices] = True
+        if self.disk is not None:
+            self.disk[indices] = self.rows[indices]
 
     def forget(self) -> None:
         """Begin an empty table."""
         self.rows[:] = np.zeros((), ROW)
         self.known[:] = False
+        if self.disk is not None:
+            self.disk[:] = self.rows
 
     def state(self) -> Tensor:
         """(pairs, 3): the rows, and 1 where they are known."""
@@ -106,7 +120,7 @@ class Table:
 
     def receive(self, state: Tensor) -> None:
         """Take over another process's `state`; a table on disk is what the others receive."""
-        if not isinstance(self.rows, np.memmap):
+        if self.disk is None:
             self.logps.copy_(state[:, :2])
             self.known = state[:, 2].cpu().numpy() != 0
 

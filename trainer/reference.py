@@ -28,6 +28,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from rpo_kernels.losses import LOSSES
 from trainer import adapters, ref_cache
 from trainer.config import InputError, RunConfig
+from trainer.fit import check_fit
 from trainer.head import KNOWN
 from trainer.loading import load_model, load_tokenizer, locate_model
 from trainer.model import PreferenceModel, check_model
@@ -98,7 +99,7 @@ class Reference:
             policy: the prepared `PreferenceModel`.
             splits, plans: the data sets, and the plan of each.
         """
-        score = scorer(policy if self.model is None else self.model)
+        score = scorer(policy if self.model is None else self.model, self.accelerator)
         for name, split in splits.items():
             if self.config.reference in ("online", "adapter"):
                 split.reference = score
@@ -145,6 +146,7 @@ def _other_model(
             raise InputError(
                 f"expected a model with the policy's vocabulary of {here} tokens, got {there}"
             )
+        check_fit(model.language_model, splits)
         check_model(model, splits["train"].pairs[0])
     except InputError as error:
         said = str(error).removeprefix("model_name_or_path: ")
@@ -185,17 +187,18 @@ def _check_tokens(
             )
 
 
-def scorer(model: nn.Module) -> Scorer:
+def scorer(model: nn.Module, accelerator: Accelerator) -> Scorer:
     """A model, without adapters, as a function from a batch to its summed log-probs (2B,).
 
     Args:
         model: a `PreferenceModel`, prepared or not.
+        accelerator: gives the precision.
     """
 
     @torch.no_grad()
     def score(batch: Batch) -> Tensor:
         zeros = torch.zeros(2 * len(batch.indices), device=batch.labels.device)
-        with adapters.switched_off(model):
+        with accelerator.autocast(), adapters.switched_off(model):
             out = model(batch, zeros, 1, 1)
         return torch.cat([out.chosen_logps, out.rejected_logps])
 

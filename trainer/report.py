@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ class RunLog:
         earlier: dict[str, list[dict]],
         accelerator: Accelerator,
     ) -> None:
-        """Open the folder; only the main process writes.
+        """Open the folder, and empty it of another run; only the main process writes.
 
         Args:
             config: of the run.
@@ -70,8 +71,10 @@ class RunLog:
             (self.folder / DATA_FILE).write_text(
                 json.dumps(data_report, indent=2) + "\n", encoding="utf-8"
             )
-            for name in (METRICS_FILE, SAMPLES_FILE):
+            for name in (METRICS_FILE, SAMPLES_FILE, PLOT_FILE):
                 (self.folder / name).unlink(missing_ok=True)
+            if not earlier and self.model_folder.exists():
+                shutil.rmtree(self.model_folder)
         self._append(METRICS_FILE, self.rows)
         self._append(SAMPLES_FILE, self.samples)
         if config.report_to:
@@ -132,23 +135,31 @@ def check_output_dir(config: RunConfig, checkpoint: Path | None) -> None:
     stopped before its first checkpoint.
 
     Raises:
-        InputError: the folder holds a run and `overwrite_output_dir` is off, or cannot be made.
+        InputError: the folder holds a run and `overwrite_output_dir` is off, or a model that this
+            one starts from, or it cannot be made.
     """
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output_dir: cannot make the folder {folder}: {error.strerror}") from None
-    metrics = folder / METRICS_FILE
+    metrics, model = folder / METRICS_FILE, folder / MODEL_FOLDER
     resuming = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
-    unfinished = not (folder / MODEL_FOLDER).exists()
-    if resuming or (config.resume_from_checkpoint == "auto" and unfinished):
+    if resuming or (config.resume_from_checkpoint == "auto" and not model.exists()):
         return
-    if metrics.exists() and metrics.stat().st_size and not config.overwrite_output_dir:
+    holds_run = model.exists() or (metrics.exists() and metrics.stat().st_size)
+    if holds_run and not config.overwrite_output_dir:
         raise InputError(
             f"output_dir: {folder} already holds a run; choose another one, "
             "or replace it with --overwrite_output_dir"
         )
+    for name in ("model_name_or_path", "ref_model_name_or_path"):
+        source = getattr(config, name)
+        if source and model.exists() and Path(source).resolve().is_relative_to(model.resolve()):
+            raise InputError(
+                f"output_dir: {folder} holds {name}, which replacing it would remove; "
+                "choose another one"
+            )
 
 
 def plot_run(rows: list[dict[str, float]], path: Path) -> None:

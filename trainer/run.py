@@ -8,6 +8,7 @@ python trainer/run.py --help                                      every field
 
 import ctypes
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from trainer import card, checkpoint, distributed, preview, report, zero3
 from trainer.adapters import add_adapters
 from trainer.config import InputError, RunConfig
 from trainer.encoding import encode_rows, use_chat_template
+from trainer.fit import check_answers, check_fit
 from trainer.loading import check_layers, load_model, load_tokenizer, locate_model, save_model
 from trainer.loop import Training, evaluate, evaluation_step, train
 from trainer.model import PreferenceModel, check_model, compile_layers, loss_options
@@ -56,12 +58,16 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     if config.dry_run:
         preview.show(config, source, tokenizer, splits, plans)
         return []
-    fingerprint = checkpoint.fingerprint(config, splits, plans["train"])
-    log = open_log(config, splits, fingerprint, resumed, accelerator)
 
     policy = PreferenceModel(load_model(source, config), options, config.activation_offloading)
+    check_fit(policy.language_model, splits)
+    if "eval" in splits:
+        check_answers(policy.language_model, splits["eval"], config)
     check_model(policy.to(accelerator.device), splits["train"].pairs[0])
     reference = Reference(config, policy, tokenizer, splits, accelerator)
+    models = {"model_name_or_path": policy, "ref_model_name_or_path": reference.model}
+    fingerprint = checkpoint.fingerprint(config, splits, plans["train"], models)
+    log = open_log(config, splits, fingerprint, resumed, accelerator)
     model, optimizer = prepare(policy, config, sharding, accelerator)
     reference.attach(model, splits, plans)
     schedule = make_schedule(optimizer, config, len(plans["train"]))
@@ -160,12 +166,16 @@ def finish(
 ) -> None:
     """Save the model, draw the plot, write the model card, and upload them if asked to."""
     log, weights = training.log, distributed.whole_weights(training.model)
+    draft = log.model_folder.with_name(f".{log.model_folder.name}")
     if accelerator.is_main_process:
         policy = accelerator.unwrap_model(training.model)
-        save_model(policy.model, tokenizer, log.model_folder, weights)
+        shutil.rmtree(draft, ignore_errors=True)
+        save_model(policy.model, tokenizer, draft, weights)
     log.finish(time.perf_counter() - started)
     if accelerator.is_main_process:
-        card.write_card(config, log.rows, log.samples, log.model_folder)
+        card.write_card(config, log.rows, log.samples, draft)
+        shutil.rmtree(log.model_folder, ignore_errors=True)  # of the run that was resumed
+        draft.rename(log.model_folder)
         if config.push_to_hub:
             card.push(config, log.model_folder)
     accelerator.wait_for_everyone()

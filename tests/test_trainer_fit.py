@@ -1,0 +1,60 @@
+"""Data that does not fit the model: refused before training, with what to change."""
+
+import pytest
+import torch
+from trainer_tiny import record, tiny_model, tiny_split, tiny_tokenizer, write_jsonl
+
+from trainer import run
+from trainer.config import InputError
+from trainer.fit import check_fit
+from trainer.recipe import parse_config
+
+
+def longrope(limit):
+    """Phi-3's, which has other frequencies for sequences of more than `limit` tokens."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope |= {"rope_theta": 1e4, "original_max_position_embeddings": limit}
+    return {"original_max_position_embeddings": limit, "rope_parameters": rope}
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+ASKED = ["--sample_prompts", "1", "--max_new_tokens", "40"]
+REFUSED = [
+    (
+        "llama",
+        {"vocab_size": 100},
+        [],
+        "model_name_or_path: .* gives the id 2.. and .* has 100 emb",
+    ),
+    ("gpt2", {"n_positions": 38}, [], "max_length: expected at most 38, the positions of GPT2LMHe"),
+    ("gpt2", {"n_positions": 64}, ASKED, "max_new_tokens: .* 64 positions, .* 3. tokens; expected"),
+    ("phi3", longrope(38), [], r"max_length: expected at most 38, .* Phi3ForCausalLM \(longrope\)"),
+    (
+        "llama",
+        {"max_position_embeddings": 32, "rope_parameters": DYNAMIC},
+        [],
+        r"max_length: expected at most 32, .* LlamaForCausalLM \(dynamic\) has other frequencies",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "words", "message"), REFUSED, ids=lambda x: str(x)[:20])
+def test_data_that_does_not_fit_is_refused_before_training(kind, fields, words, message, tmp_path):
+    fields = fields | {"max_position_embeddings": fields.get("n_positions", 512)} | fields
+    tiny_model(kind, **fields).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "empty.yaml").write_text("cpu_threads: 1\n")
+    config = ["--config", tmp_path / "empty.yaml", "--model_name_or_path", tmp_path / "model"]
+    for name in ("train", "eval"):
+        file = write_jsonl(tmp_path / f"{name}.jsonl", [record(i) for i in range(9)])
+        config += [f"--{name}_file", file]
+    threads = torch.get_num_threads()
+    with pytest.raises(InputError, match=f"^{message}"):
+        run.run(parse_config([*map(str, config), "--output_dir", str(tmp_path / "out"), *words]))
+    torch.set_num_threads(threads)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("limit", [16, 256])
+def test_one_set_of_frequencies_is_accepted(limit):
+    check_fit(tiny_model("phi3", **longrope(limit)), {"train": tiny_split(9)})

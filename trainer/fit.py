@@ -1,0 +1,85 @@
+"""What the data asks of a model: token ids and positions within its tables, one set of frequencies.
+
+A pair's numbers may not depend on what it is packed with. RoPE of the types longrope and dynamic
+chooses its frequencies by the longest sequence of a row, so those are refused where data is on both
+sides of that choice.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.config import InputError, RunConfig
+from trainer.pairs import Split
+from trainer.samples import first_prompts
+
+
+def check_fit(model: PreTrainedModel, splits: dict[str, Split]) -> None:
+    """Refuse data that a model cannot read, or would read differently when packed.
+
+    Raises:
+        InputError: a token id without an embedding, a sequence longer than the table of positions,
+            or sequences that RoPE would treat in two ways.
+    """
+    name, pairs = type(model).__name__, [p for split in splits.values() for p in split.pairs]
+    ids = [sequence.ids for pair in pairs for sequence in (pair.chosen, pair.rejected)]
+    token, rows = max(int(i.max()) for i in ids), model.get_input_embeddings().num_embeddings
+    if token >= rows:
+        raise InputError(
+            f"model_name_or_path: expected an embedding for every token, but the tokenizer gives "
+            f"the id {token} and {name} has {rows} embeddings; use the model's own tokenizer"
+        )
+    shortest, longest = min(map(len, ids)), max(map(len, ids))
+    limit = positions(model)
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"max_length: expected at most {limit}, the positions of {name}, got a sequence of "
+            f"{longest} tokens; lower it"
+        )
+    _check_rope(model, shortest, longest)
+
+
+def check_answers(model: PreTrainedModel, split: Split, config: RunConfig) -> None:
+    """Refuse samples that end beyond the model's table of positions.
+
+    Raises:
+        InputError: naming the tokens that are left for an answer.
+    """
+    limit = positions(model)
+    if limit is None or not config.sample_prompts:
+        return
+    longest = max(map(len, first_prompts(split.pairs, config.sample_prompts)))
+    if longest + config.max_new_tokens > limit:
+        raise InputError(
+            f"max_new_tokens: {type(model).__name__} has {limit} positions, and a prompt "
+            f"{longest} tokens; expected at most {limit - longest}, got {config.max_new_tokens}; "
+            "lower it, or max_prompt_length"
+        )
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The most tokens that a model with a table of positions can read; None without a table."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    tokens = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    found = any(table.num_embeddings in (limit, limit + 2) for table in tables)  # OPT's begins at 2
+    return limit if found else None
+
+
+def _check_rope(model: PreTrainedModel, shortest: int, longest: int) -> None:
+    """Refuse sequences on both sides of where RoPE's frequencies change."""
+    text = model.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    for own in (rope, *(v for v in rope.values() if isinstance(v, dict))):  # or by type of layer
+        kind, limit = own.get("rope_type"), own.get("original_max_position_embeddings")
+        if kind == "dynamic":  # beyond it they change with every length
+            limit, shortest = text.max_position_embeddings, 0
+        if kind in ("dynamic", "longrope") and shortest <= limit < longest:
+            raise InputError(
+                f"max_length: expected at most {limit}, as the RoPE of {type(model).__name__} "
+                f"({kind}) has other frequencies for longer sequences and all of a packed row "
+                f"share them, got sequences of up to {longest} tokens; lower it"
+            )
