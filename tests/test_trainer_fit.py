@@ -6,6 +6,8 @@ from trainer_tiny import record, tiny_model, tiny_split, tiny_tokenizer, write_j
 
 from trainer import run
 from trainer.config import InputError
+from trainer.evaluation.generate import Sampling, generate
+from trainer.evaluation.score import score
 from trainer.fit import check_fit
 from trainer.recipe import parse_config
 
@@ -17,6 +19,8 @@ def longrope(limit):
     return {"original_max_position_embeddings": limit, "rope_parameters": rope}
 
 
+SCORE = {"beta": 0.1, "max_length": 512, "batch_size": 2, "kl_prompts": 1, "kl_tokens": 60}
+SCORE |= {"seed": 0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 ASKED = ["--sample_prompts", "1", "--max_new_tokens", "40"]
 REFUSED = [
@@ -57,4 +61,19 @@ def test_data_that_does_not_fit_is_refused_before_training(kind, fields, words, 
 
 @pytest.mark.parametrize("limit", [16, 256])
 def test_one_set_of_frequencies_is_accepted(limit):
-    check_fit(tiny_model("phi3", **longrope(limit)), {"train": tiny_split(9)})
+    check_fit(tiny_model("phi3", **longrope(limit)), tiny_split(9).pairs)
+
+
+def test_evaluation_refuses_what_does_not_fit(tmp_path):
+    """`score` before it computes, `generate` at the prompt that is too long."""
+    tiny_model("gpt2", n_positions=64, max_position_embeddings=64).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    file, path = write_jsonl(tmp_path / "a.jsonl", [record(i) for i in range(9)]), str(tmp_path)
+    with pytest.raises(InputError, match="max_new_tokens: GPT2LMHeadModel has 64 positions"):
+        generate(str(file), {"m": f"{path}/m"}, f"{path}/out", Sampling(max_new_tokens=60))
+    rows = [record(0) | {"chosen": [{"role": "assistant", "content": "yes " * 64}]}]
+    long = write_jsonl(tmp_path / "b.jsonl", rows)
+    with pytest.raises(InputError, match="max_length: expected at most 64, the positions of GPT2"):
+        score([str(long)], {"m": f"{path}/m"}, f"{path}/m", f"{path}/out", **SCORE)
+    with pytest.raises(InputError, match="kl_tokens: GPT2LMHeadModel has 64 positions"):
+        score([str(file)], {"m": f"{path}/m"}, f"{path}/m", f"{path}/out", **SCORE)

@@ -7,22 +7,23 @@ sides of that choice.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sized
+
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainer.config import InputError, RunConfig
-from trainer.pairs import Split
-from trainer.samples import first_prompts
+from trainer.config import InputError
+from trainer.pairs import Pair
 
 
-def check_fit(model: PreTrainedModel, splits: dict[str, Split]) -> None:
-    """Refuse data that a model cannot read, or would read differently when packed.
+def check_fit(model: PreTrainedModel, pairs: Iterable[Pair]) -> None:
+    """Refuse pairs that a model cannot read, or would read differently when packed.
 
     Raises:
         InputError: a token id without an embedding, a sequence longer than the table of positions,
             or sequences that RoPE would treat in two ways.
     """
-    name, pairs = type(model).__name__, [p for split in splits.values() for p in split.pairs]
+    name = type(model).__name__
     ids = [sequence.ids for pair in pairs for sequence in (pair.chosen, pair.rejected)]
     token, rows = max(int(i.max()) for i in ids), model.get_input_embeddings().num_embeddings
     if token >= rows:
@@ -40,21 +41,20 @@ def check_fit(model: PreTrainedModel, splits: dict[str, Split]) -> None:
     _check_rope(model, shortest, longest)
 
 
-def check_answers(model: PreTrainedModel, split: Split, config: RunConfig) -> None:
-    """Refuse samples that end beyond the model's table of positions.
+def check_answers(
+    model: PreTrainedModel, prompts: Iterable[Sized], tokens: int, field: str = "max_new_tokens"
+) -> None:
+    """Refuse answers of `tokens` to `prompts`, each its tokens, beyond the table of positions.
 
     Raises:
-        InputError: naming the tokens that are left for an answer.
+        InputError: naming `field`, and the tokens that are left for an answer.
     """
-    limit = positions(model)
-    if limit is None or not config.sample_prompts:
-        return
-    longest = max(map(len, first_prompts(split.pairs, config.sample_prompts)))
-    if longest + config.max_new_tokens > limit:
+    limit, longest = positions(model), max(map(len, prompts), default=0)
+    if limit is not None and longest + tokens > limit:
         raise InputError(
-            f"max_new_tokens: {type(model).__name__} has {limit} positions, and a prompt "
-            f"{longest} tokens; expected at most {limit - longest}, got {config.max_new_tokens}; "
-            "lower it, or max_prompt_length"
+            f"{field}: {type(model).__name__} has {limit} positions, and a prompt {longest} "
+            f"tokens; expected at most {limit - longest}, got {tokens}; lower it, or shorten the "
+            "prompts"
         )
 
 

@@ -146,7 +146,7 @@ def _other_model(
             raise InputError(
                 f"expected a model with the policy's vocabulary of {here} tokens, got {there}"
             )
-        check_fit(model.language_model, splits)
+        check_fit(model.language_model, [p for split in splits.values() for p in split.pairs])
         check_model(model, splits["train"].pairs[0])
     except InputError as error:
         said = str(error).removeprefix("model_name_or_path: ")

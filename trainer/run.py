@@ -39,7 +39,7 @@ from trainer.packing import Step, plan_training, regroup, share_prefixes
 from trainer.pairs import Split
 from trainer.recipe import parse_config
 from trainer.reference import Reference, check_reference
-from trainer.samples import take_samples
+from trainer.samples import first_prompts, take_samples
 from trainer.sources import read_splits
 from trainer.stop import Stopped
 from trainer.truncation import Limits
@@ -60,9 +60,10 @@ def run(config: RunConfig) -> list[dict[str, float]]:
         return []
 
     policy = PreferenceModel(load_model(source, config), options, config.activation_offloading)
-    check_fit(policy.language_model, splits)
-    if "eval" in splits:
-        check_answers(policy.language_model, splits["eval"], config)
+    check_fit(policy.language_model, [pair for split in splits.values() for pair in split.pairs])
+    if "eval" in splits and config.sample_prompts:
+        asked = first_prompts(splits["eval"].pairs, config.sample_prompts)
+        check_answers(policy.language_model, asked, config.max_new_tokens)
     check_model(policy.to(accelerator.device), splits["train"].pairs[0])
     reference = Reference(config, policy, tokenizer, splits, accelerator)
     models = {"model_name_or_path": policy, "ref_model_name_or_path": reference.model}

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config import RunConfig
+from trainer.fit import check_answers
 from trainer.pairs import IGNORE, Pair, Split
 
 
@@ -39,7 +40,11 @@ def sample(
 
     Returns:
         B lists of new token ids, each with its end token, if it came.
+
+    Raises:
+        InputError: an answer could end beyond the model's table of positions.
     """
+    check_answers(model, prompts, max_new_tokens)
     defaults = model.generation_config
     own = defaults.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

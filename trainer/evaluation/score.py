@@ -26,6 +26,7 @@ from trainer.data import BadRow, BadRows
 from trainer.encoding import Encoder
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.records import open_folder, replace_text, write_json
+from trainer.fit import check_answers, check_fit
 from trainer.model import PreferenceModel, check_model
 from trainer.packing import pack, share_prefixes
 from trainer.pairs import IGNORE, Pair, Sequence
@@ -80,6 +81,7 @@ def score(
     model, tokenizer = open_model(Source(reference, **head), data[0])
     places, pairs = read_pairs(data, tokenizer, max_length)
     base = PreferenceModel(model, {})
+    check_fit(model, pairs)
     check_model(base, pairs[0])
     ref_logps = score_pairs(base, pairs, batch_size, "reference")
     results, lines = {}, []
@@ -89,8 +91,10 @@ def score(
             raise InputError(f"models: {name} encodes the data otherwise than the reference")
         torch.manual_seed(seed)
         prompts = list(first_prompts(pairs, kl_prompts))
+        check_answers(model, prompts, kl_tokens, "kl_tokens")
         drawn = draw_pairs(model, tokenizer, prompts, kl_tokens, batch_size, name)
         policy = PreferenceModel(model, {})
+        check_fit(model, pairs)
         check_model(policy, pairs[0])
         logps = score_pairs(policy, pairs, batch_size, name)
         results[name] = summarize(pairs, logps, ref_logps, beta)
