@@ -195,6 +195,12 @@ def test_an_architecture_that_keeps_its_window_to_itself_is_refused():
         tiny_policy(bloom)
 
 
+def test_an_architecture_that_breaks_on_packed_rows_is_refused():
+    policy, _ = tiny_policy(fuse_lm_head(tiny_model("stablelm"), logit_scale=1.0))
+    with pytest.raises(InputError, match="StableLmForCausalLM: cannot run packed sequences: "):
+        check_model(policy, tiny_split(1).pairs[0])
+
+
 def test_a_layer_that_is_no_attention_is_refused():
     mixed = tiny_model("lfm2", layer_types=["conv", "full_attention"])
     policy, _ = tiny_policy(fuse_lm_head(mixed, logit_scale=1.0))

@@ -55,9 +55,10 @@ class Row:
 
 @dataclass
 class BadRows:
-    """What was wrong with the rows of a split, and the policy: `error` or `skip`."""
+    """What was wrong with the rows of a split, the policy (`error` or `skip`), and what to do."""
 
     policy: str
+    remedy: str = "fix them, or leave them out with --on_bad_row skip"
     problems: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
 
@@ -78,8 +79,7 @@ class BadRows:
             rest = len(self.problems) - SHOWN
             more = f"\n  ... and {rest} more" if rest > 0 else ""
             raise InputError(
-                f"{len(self.problems)} unusable row(s):\n  {shown}{more}\n"
-                "fix them, or leave them out with --on_bad_row skip"
+                f"{len(self.problems)} unusable row(s):\n  {shown}{more}\n{self.remedy}"
             )
         if kept == 0:
             reasons = self.reasons + (dropped or Counter())

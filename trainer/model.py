@@ -149,7 +149,14 @@ def check_model(model: PreferenceModel, pair: Pair) -> None:
     device, name = language_model.device, type(language_model).__name__
     tolerance = HEAD_TOLERANCE[language_model.dtype]
     batch = pack([pair], (0, 0)).to(device)
-    packed, ends = model.hidden(batch), batch.cu_seqlens.tolist()
+    try:
+        packed, ends = model.hidden(batch), batch.cu_seqlens.tolist()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:  # of its own code, given our masks
+        raise InputError(
+            f"{name}: cannot run packed sequences: {error}; this architecture cannot be packed"
+        ) from error
     language_model.set_attn_implementation(model.own_attention)
     try:
         for k, sequence in enumerate((pair.chosen, pair.chosen, pair.rejected, pair.rejected)):

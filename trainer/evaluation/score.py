@@ -113,7 +113,7 @@ def read_pairs(
     data: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[str], list[Pair]]:
     """Where each pair of the files stands (`file:line`), and its tokens; a bad row is an error."""
-    bad, encoder = BadRows("error"), Encoder(tokenizer, Limits(max_length))
+    bad, encoder = BadRows("error", "fix them"), Encoder(tokenizer, Limits(max_length))
     rows = [row for name in data for row in check_rows(f"{name}:", read_file(name), bad)]
     places, pairs = [], []
     for row, result in encoder.encode(rows):
