@@ -10,6 +10,7 @@ None of them ever holds logits: memory beyond inputs and gradients is bounded by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -118,8 +119,7 @@ def _check_blocks(room: int, rows: int, sequences: int, vocab: int, max_bytes: i
     """What skipping needs when gradients are recomputed: a block of rows in the workspace, and a
     mask of what each block keeps that is no larger.
     """
-    mask = (rows // BLOCK + sequences + 1) * vocab
-    if mask > max_bytes:
+    if math.prod(ops.kept_shape(rows, sequences, vocab, tolerance=1.0)) > max_bytes:
         raise ValueError(
             f"max_workspace_mb: grad_tolerance > 0 with gradients recomputed expected room for its "
             f"mask, ({rows} rows / {BLOCK} + {sequences} sequences) x {vocab} bytes, got "

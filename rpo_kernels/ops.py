@@ -41,7 +41,7 @@ def no_autocast(function):
     return inner
 
 
-def _kept_shape(rows: int, sequences: int, vocab: int, tolerance: float) -> tuple[int, int]:
+def kept_shape(rows: int, sequences: int, vocab: int, tolerance: float) -> tuple[int, int]:
     """Shape of the mask that `recompute.forward_skipping` leaves for backward; room for any rows
     kept.
     """
@@ -62,7 +62,7 @@ def _log_probs(hidden, rows, offsets, head, module, max_bytes, tolerance, sequen
     masses.
     """
     total, vocab = hidden.shape[0], head.weight.shape[0]
-    keep = hidden.new_zeros(_kept_shape(total, sequences, vocab, tolerance), dtype=torch.bool)
+    keep = hidden.new_zeros(kept_shape(total, sequences, vocab, tolerance), dtype=torch.bool)
     if not tolerance:
         return *recompute.forward(hidden, rows, head, module, max_bytes), keep, None
     *found, kept, mass = recompute.forward_skipping(
@@ -110,7 +110,7 @@ def _(
 ):  # fmt: skip
     logps = hidden.new_empty(targets.shape, dtype=accumulator_dtype(dtype))
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = _kept_shape(hidden.shape[0], sequences, weight.shape[0], tolerance)
+    shape = kept_shape(hidden.shape[0], sequences, weight.shape[0], tolerance)
     norm = logps.new_empty(*targets.shape, 2)
     return logps, norm, hidden.new_empty(shape, dtype=torch.bool)
 
@@ -291,7 +291,7 @@ def _(
     if strategy == "stream":
         saved = [*_empty_grads(hidden, weight, bias, needs), hidden.new_empty(0)]
     else:
-        shape = _kept_shape(hidden.shape[0], sequences, weight.shape[0], tolerance)
+        shape = kept_shape(hidden.shape[0], sequences, weight.shape[0], tolerance)
         saved = [pairs.new_empty(*labels.shape, *more) for more in ((), (2,), ())]
         saved.append(hidden.new_empty(shape, dtype=torch.bool))
     return pairs.new_empty(()), pairs.new_empty(3), pairs, *saved

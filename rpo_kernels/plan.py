@@ -120,12 +120,12 @@ def estimates(path: Path, shape: Shape, dtype: str) -> tuple[dict[str, float], s
     """
     try:
         document = json.loads(path.read_text())
-        results = document["runs"], document["device"]["name"]
+        measured, device = document["runs"], document["device"]["name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"--results: {path}: not a results file: {error!r}") from None
     runs = [
         run
-        for run in results[0]
+        for run in measured
         if (run["spec"]["dtype"], run["spec"]["frozen"]) == (dtype, shape.frozen)
         and run["spec"]["timed"]
     ]
@@ -147,7 +147,7 @@ def estimates(path: Path, shape: Shape, dtype: str) -> tuple[dict[str, float], s
         if found:
             work = now.units * shape.unit / (past.units * then.unit)
             seconds[now.key] = found["median"] * work
-    return seconds, results[1]
+    return seconds, device
 
 
 def read_config(path: str) -> tuple[int, int]:

@@ -218,6 +218,20 @@ def field_docs() -> dict[str, str]:
     }
 
 
+def open_folder(output_dir: str) -> Path:
+    """The output folder, created if need be.
+
+    Raises:
+        InputError: it cannot be made, or is a file.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir: cannot make the folder {folder}: {error.strerror}") from None
+    return folder
+
+
 def find_file(path: str) -> Path:
     """`path` in the working directory, else in the repository: recipes work from anywhere."""
     candidates = [Path(path), ROOT / path]

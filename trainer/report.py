@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator, PartialState
 from tqdm import tqdm
 
-from trainer.config import InputError, RunConfig
+from trainer.config import InputError, RunConfig, open_folder
 
 METRICS_FILE, SAMPLES_FILE, CONFIG_FILE, DATA_FILE, PLOT_FILE, MODEL_FOLDER = (
     "metrics.jsonl", "samples.jsonl", "config.yaml", "data_report.json", "logps.png", "model"
@@ -138,11 +138,7 @@ def check_output_dir(config: RunConfig, checkpoint: Path | None) -> None:
         InputError: the folder holds a run and `overwrite_output_dir` is off, or a model that this
             one starts from, or it cannot be made.
     """
-    folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output_dir: cannot make the folder {folder}: {error.strerror}") from None
+    folder = open_folder(config.output_dir)
     metrics, model = folder / METRICS_FILE, folder / MODEL_FOLDER
     resuming = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     if resuming or (config.resume_from_checkpoint == "auto" and not model.exists()):

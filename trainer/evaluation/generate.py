@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.config import InputError
+from trainer.config import InputError, open_folder
 from trainer.encoding import added_end
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.prompts import Prompt, read_prompts
-from trainer.evaluation.records import JsonlLog, open_folder
+from trainer.evaluation.records import JsonlLog
 from trainer.samples import sample
 
 

@@ -95,17 +95,3 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def open_folder(output_dir: str) -> Path:
-    """The output folder, created if need be.
-
-    Raises:
-        InputError: it cannot be made, or is a file.
-    """
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output_dir: cannot make the folder {folder}: {error.strerror}") from None
-    return folder

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_kernels import linear_logprobs
-from trainer.config import InputError
+from trainer.config import InputError, open_folder
 from trainer.data import BadRow, BadRows
 from trainer.encoding import Encoder
 from trainer.evaluation.models import Source, named_sources, open_model
-from trainer.evaluation.records import open_folder, replace_text, write_json
+from trainer.evaluation.records import replace_text, write_json
 from trainer.fit import check_answers, check_fit
 from trainer.model import PreferenceModel, check_model
 from trainer.packing import pack, share_prefixes

@@ -26,10 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config import InputError
+from trainer.config import InputError, open_folder
 from trainer.evaluation.answers import Answers, read_answers
 from trainer.evaluation.judgments import Comparison, read_judgments
-from trainer.evaluation.records import open_folder, replace_text, write_json
+from trainer.evaluation.records import replace_text, write_json
 
 LEVEL = 95  # percent of the bootstrap samples inside the interval
 THETA_PRECISION = 1e-6  # all but flat prior: a model that always wins gets 100 %, not an overflow

@@ -26,9 +26,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import RunConfig
+from trainer.config import RunConfig, open_folder
 from trainer.evaluation.models import Source, open_model
-from trainer.evaluation.records import open_folder, read_jsonl, write_json, write_rows
+from trainer.evaluation.records import read_jsonl, write_json, write_rows
 from trainer.experiments import arithmetic
 from trainer.experiments.displacement_report import report
 from trainer.recipe import parse_config
