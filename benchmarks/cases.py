@@ -61,10 +61,8 @@ def build(spec: Spec) -> Problem:
             spec.pairs, spec.length, spec.width, spec.vocab, spec.response, spec.device
         )
     else:
-        problem = real_problem(spec.pairs, spec.length, spec.response, spec.inputs == "saturated")
-        if spec.vocab is not None:
-            labels = torch.where(problem.labels < 0, problem.labels, problem.labels % spec.vocab)
-            problem = problem._replace(weight=problem.weight[: spec.vocab].clone(), labels=labels)
+        saturated = spec.inputs == "saturated"
+        problem = real_problem(spec.pairs, spec.length, spec.response, saturated, spec.vocab)
         problem = Problem(*(tensor.to(spec.device) for tensor in problem))
     return problem.to(getattr(torch, spec.dtype))
 

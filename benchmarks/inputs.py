@@ -82,16 +82,15 @@ def real(rows: int = 4096, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def sequence_logps(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 2**27) -> Tensor:
-    """Summed log-probs (2B,) in float32, chunk by chunk: of hidden (2B, T, D), weight (V, D),
-    labels (2B, T).
+def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 2**27) -> Tensor:
+    """Log-probs (N,) in float32, 0 where ignored, chunk by chunk: of hidden (N, D), weight (V, D),
+    labels (N,).
     """
-    rows, targets = hidden.flatten(0, 1), labels.flatten()
-    logps = torch.zeros(len(rows), device=hidden.device)
-    for index in (targets != IGNORE).nonzero()[:, 0].split(max(1, chunk // len(weight))):
-        logits = (rows[index] @ weight.t()).float()
-        logps[index] = logits.gather(1, targets[index, None])[:, 0] - logits.logsumexp(1)
-    return logps.view(labels.shape).sum(1)
+    logps = torch.zeros(len(hidden), device=hidden.device)
+    for index in (labels != IGNORE).nonzero()[:, 0].split(max(1, chunk // len(weight))):
+        logits = (hidden[index] @ weight.t()).float()
+        logps[index] = logits.gather(1, labels[index, None])[:, 0] - logits.logsumexp(1)
+    return logps
 
 
 def _ignore_prompts(targets: Tensor, response: float) -> Tensor:
@@ -100,35 +99,46 @@ def _ignore_prompts(targets: Tensor, response: float) -> Tensor:
     return labels
 
 
-def with_margins(hidden: Tensor, weight: Tensor, labels: Tensor, margins: list[float]) -> Problem:
+def with_margins(
+    hidden: Tensor, weight: Tensor, labels: Tensor, logps: Tensor, margins: list[float]
+) -> Problem:
     """A problem whose pairs have these margins (in turn) at beta = 0.1: the reference is the
-    policy, shifted.
+    policy, whose tokens have log-probs `logps` (2B, T), shifted.
     """
-    sums = sequence_logps(hidden, weight, labels)
+    sums = torch.where(labels == IGNORE, 0, logps).sum(1)
     count = len(labels) // 2
     gaps = torch.tensor([margins[i % len(margins)] for i in range(count)], device=hidden.device)
     return Problem(hidden, weight, labels, sums - torch.cat([gaps, -gaps]) * 5.0)
 
 
 def real_problem(
-    pairs: int = 2, length: int = 1024, response: float = 0.75, saturated: bool = False
+    pairs: int = 2,
+    length: int = 1024,
+    response: float = 0.75,
+    saturated: bool = False,
+    vocab: int | None = None,
 ) -> Problem:
     """Two pairs of 1,024 positions by default, the last three quarters of each a response: 3,072 of
     4,096 rows count.
 
     Beyond 4,096 rows the same states repeat: time does not depend on their values. `saturated`
     widens the logits threefold and sets margins of +95 (a coefficient that is a denormal float) and
-    -300: far tails and pairs that no longer learn.
+    -300: far tails and pairs that no longer learn. `vocab` keeps a slice of the vocabulary.
     """
     count = 2 * pairs
     rows = count * length
     hidden, targets, weight = real(4096)
-    repeats = -(-rows // len(hidden))
-    hidden = hidden.repeat(repeats, 1)[:rows].view(count, length, -1)
-    labels = _ignore_prompts(targets.repeat(repeats)[:rows].view(count, length), response)
+    hidden, targets = hidden[:rows], targets[:rows]
     if saturated:
         hidden = hidden * 3
-    return with_margins(hidden, weight, labels, [95.0, -300.0] if saturated else [0.7, -0.7])
+    if vocab is not None:
+        weight, targets = weight[:vocab].clone(), targets % vocab
+    logps = token_logps(hidden, weight, targets)
+    repeats = -(-rows // len(hidden))
+    hidden = hidden.repeat(repeats, 1)[:rows].view(count, length, -1)
+    targets, logps = (x.repeat(repeats)[:rows].view(count, length) for x in (targets, logps))
+    margins = [95.0, -300.0] if saturated else [0.7, -0.7]
+    return with_margins(hidden, weight, _ignore_prompts(targets, response), logps, margins)
 
 
 def calibrated_problem(
@@ -137,7 +147,9 @@ def calibrated_problem(
     """Synthetic states and weight of any shape with the statistics of real ones, in bf16."""
     hidden, targets, weight = calibrated(2 * pairs * length, width, vocab, device)
     hidden, targets = hidden.view(2 * pairs, length, -1), targets.view(2 * pairs, length)
-    return with_margins(hidden, weight, _ignore_prompts(targets, response), [0.7, -0.7])
+    labels = _ignore_prompts(targets, response)
+    logps = token_logps(hidden.flatten(0, 1), weight, labels.flatten()).view(labels.shape)
+    return with_margins(hidden, weight, labels, logps, [0.7, -0.7])
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ import torch
 from benchmarks import memory, timing
 from benchmarks.cases import Spec, build
 from benchmarks.inputs import IGNORE, Problem, statistics
-from benchmarks.peers import Implementation, Unavailable, gradients, held_bytes
-from benchmarks.truth import Truth, verdict, within_budget
+from benchmarks.peers import IMPLEMENTATIONS, Implementation, Unavailable, gradients, held_bytes
+from benchmarks.truth import Truth, relative, verdict, within_budget
 
 REASON = 400  # characters of an error message that are recorded
 
@@ -72,10 +72,15 @@ def _reason(error: Exception) -> tuple[str, str]:
 
 
 def _check(
-    implementation: Implementation, problem: Problem, truth: Truth | None, spec: Spec, s: Settings
+    implementation: Implementation,
+    problem: Problem,
+    truth: Truth | None,
+    spec: Spec,
+    s: Settings,
+    plain: dict | None,
 ) -> dict:
     """First call: errors against float64 and the verdict. Second call: the warm time, against the
-    cap.
+    cap. `plain`: errors of materialized logits.
     """
     held = held_bytes(implementation, problem.labels, len(problem.weight))
     free = _free_bytes(spec.device)
@@ -94,7 +99,10 @@ def _check(
         entry["certificate"] = float(loss.certificate)
     if truth is not None:
         entry["errors"] = truth.errors(implementation, loss, dh, dw)
-        wrong = verdict(implementation, problem.hidden.dtype, entry["errors"])
+        if implementation.exact:
+            whole = gradients(IMPLEMENTATIONS[implementation.exact], problem, spec.frozen)[1]
+            entry["skipping_error"] = relative(dh, whole.double())
+        wrong = verdict(implementation, problem.hidden.dtype, entry["errors"], plain)
         if wrong:
             return entry | {"status": "wrong", "reason": wrong}
     del loss, dh, dw
@@ -170,7 +178,8 @@ def measure(
             if settings.hang_s:
                 faulthandler.dump_traceback_later(settings.hang_s, exit=True)
             try:
-                entry |= _check(implementation, problem, truth, spec, settings)
+                plain = results.get("materialized", {}).get("errors")
+                entry |= _check(implementation, problem, truth, spec, settings, plain)
                 if entry["status"] == "ok" and settings.memory and spec.device == "cuda":
                     entry["memory"] = memory.peak(implementation, problem, spec.frozen, "cuda")
             except Exception as error:

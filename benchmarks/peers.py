@@ -44,6 +44,7 @@ class Implementation(NamedTuple):
     run: Callable[[Problem, float], Tensor]
     ours: bool = False
     tolerance: float = 0.0  # > 0: the gradient is approximate by design
+    exact: str | None = None  # the one whose gradient it approximates
     reference: str = "cached"  # or "none" (ref = 0), "own" (the policy's log-probs)
     beta: float = BETA
     units: int = 3  # passes of the head in U = 2 N V D with a trainable head, by construction
@@ -173,7 +174,8 @@ def ours(p: Problem, beta: float, strategy: str, tolerance: float = 0.0) -> Tens
 
 def _ours(label: str, strategy: str, units: int, tolerance: float = 0.0) -> Implementation:
     run = functools.partial(ours, strategy=strategy, tolerance=tolerance)
-    return Implementation(label, run, ours=True, units=units, tolerance=tolerance)
+    exact = strategy if tolerance else None
+    return Implementation(label, run, ours=True, units=units, tolerance=tolerance, exact=exact)
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from rpo_kernels.backends import select
 from rpo_kernels.checks import check_leaves, pair_losses
 from rpo_kernels.engines import streaming
-from rpo_kernels.ops import ONCE, sequence_sums
+from rpo_kernels.ops import ONCE, sequence_sums, times
 from rpo_kernels.rows import keep_rows
 from rpo_kernels.spec import Head, Transform
 
@@ -62,4 +62,4 @@ class CustomLoss(torch.autograd.Function):
         """Multiply the kept gradients by the upstream scalar."""
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(ONCE)
-        return *(None if x is None else x * grad for x in ctx.saved_tensors), *[None] * 7
+        return *times(ctx.saved_tensors, grad), *[None] * 7

@@ -3,7 +3,7 @@
     linear_logprobs    hidden, weight, targets -> log-probs             backward: recompute
     sequence_sums      log-probs -> one sum per sequence                backward: expand
     preference_loss    hidden, weight, labels -> loss, table of pairs   backward: recompute, or
-                                                                        one product if streamed
+                                                                        scale in place if streamed
 
 Every operator drops ignored rows, picks the backend and walks panels inside, opaque to the
 compiler.
@@ -12,6 +12,7 @@ compiler.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +40,14 @@ def no_autocast(function):
             return function(*args, **kwargs)
 
     return inner
+
+
+def times(grads: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """``factor ()`` times every gradient that a backward pass saved, in place where that pass is
+    the graph's last (`retain_graph` is False): a second copy of dW costs time and memory.
+    """
+    again = torch._C._autograd._get_current_graph_task_keep_graph()
+    return [x if x is None else x * factor if again else x.mul_(factor) for x in grads]
 
 
 def kept_shape(rows: int, sequences: int, vocab: int, tolerance: float) -> tuple[int, int]:
@@ -314,7 +323,7 @@ def _grad_loss(ctx, grad, *_):
     if grad is None:
         return (None,) * 24
     if ctx.stream:
-        found = [x * grad for x in ctx.saved_tensors[:3]]
+        found = times(ctx.saved_tensors[:3], grad)
     else:
         logps, norm, coef, *again = ctx.saved_tensors
         found = linear_logprobs_backward(coef * grad, logps, norm, *again, *ctx.rest, ctx.needs)

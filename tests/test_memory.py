@@ -34,7 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rpo_kernels import fused_rpo_loss, linear_logprobs
+from rpo_kernels import fused_preference_loss, fused_rpo_loss, linear_logprobs
 from rpo_kernels.backends import torch_backend
 from rpo_kernels.engines import recompute, streaming
 from rpo_kernels.engines.panel import capacity
@@ -71,12 +71,14 @@ class Allocations(TorchDispatchMode):
                 self.inputs.add(tensor.untyped_storage()._cdata)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        before = {x.untyped_storage()._cdata for x in tensors}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if not isinstance(tensor, torch.Tensor):
                 continue
             storage = tensor.untyped_storage()
-            if storage._cdata not in self.inputs:
+            if storage._cdata not in self.inputs | before:
                 self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                 self.sizes.setdefault(
                     storage.nbytes(), f"{tuple(tensor.shape)} {tensor.dtype} by {func}"
@@ -341,16 +343,28 @@ def test_the_largest_fails_on_a_cast_of_the_whole_weight(monkeypatch):
             check_largest(case, watch)
 
 
-def test_a_streamed_backward_adds_one_copy_of_the_gradients():
-    """Forward made them; backward returns them times the upstream scalar, and nothing else."""
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("function", ["rpo", "custom"])
+def test_a_streamed_backward_copies_no_gradient(function, again):
+    """Forward made them; backward multiplies them where they are, or, if the graph is kept for
+    another pass, makes one copy.
+    """
     case = CASES["stream pair by pair fp32"]
     hidden, weight, labels = case.inputs()
-    loss = fused_rpo_loss(hidden, weight, labels, None, strategy="stream").loss
+    if function == "rpo":
+        loss = fused_rpo_loss(hidden, weight, labels, None, strategy="stream").loss
+    else:
+        loss, _ = fused_preference_loss(
+            hidden, weight, labels, lambda s, n, i: s[1] - s[0], strategy="stream"
+        )
     watch = Allocations()
     watch.given([hidden, weight, labels])
     with watch:
-        loss.backward()
-    assert 0 < watch.peak <= case.gradients() + 1024
+        loss.backward(retain_graph=again)
+    if again:
+        assert 0 < watch.peak <= case.gradients() + 1024
+    else:
+        assert watch.peak <= 1024
 
 
 # the process
