@@ -22,6 +22,7 @@ from support import (
     assert_within_plain_budget,
     differentiate,
     double,
+    exact_logprobs,
     examples,
     one_thread,
     plain_logprobs,
@@ -31,7 +32,7 @@ from support import (
     tokens,
 )
 
-from rpo_kernels import linear_logprobs, ops, reference
+from rpo_kernels import fused_preference_loss, linear_logprobs, ops, reference
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -397,6 +398,30 @@ def test_confident_rows(push, dtype):
     found, plain, truth = three_ways(problem._replace(hidden=hidden))
     assert truth["out"].mean() > -0.05
     assert_within_plain_budget(found, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("push", "gain"), [(0, 1.5), (0.1, 10)], ids=["mixed", "confident"])
+@pytest.mark.parametrize("tolerance", [0, 0.01])
+def test_a_targets_logit_is_never_rounded(dtype, push, gain, tolerance):
+    """CPUs round products to half precision; a row's own target is computed apart, in float32."""
+    spread = 128**0.5 if push else 2.0
+    problem = tokens(23, (400,), 128, 1000, dtype, spread=spread, ignored=0)
+    if push:
+        hidden = problem.weight[problem.labels] * push + 0.1 * problem.hidden
+        problem = problem._replace(hidden=hidden)
+    truth = exact_logprobs(problem)
+    plain = relative_error(call(plain_logprobs)(problem), truth)
+    found = call(linear_logprobs, grad_tolerance=tolerance)(problem)
+    assert relative_error(found, truth) < plain / gain
+    loss = fused_preference_loss(
+        *(problem.hidden.view(4, 100, -1), problem.weight, problem.labels.view(4, 100)),
+        lambda logps, counts, index: -logps.sum(0),
+        strategy="stream",
+        num_pairs=1,
+    )[0]
+    plain_sum = abs(call(plain_logprobs)(problem).double().sum() - truth.sum())
+    assert abs(-loss - truth.sum()) < plain_sum
 
 
 def test_float16_matmuls_do_not_overflow_where_the_gradient_fits():

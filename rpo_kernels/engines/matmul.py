@@ -9,6 +9,11 @@ ROUNDED = 2**16  # elements of a half-precision product on a CPU, or up to
 ROUNDED_ROWS = 512  # rows of it where the operands are that large themselves
 
 
+def rounds_products(x: Tensor) -> bool:
+    """Whether matmuls of `x` are rounded to its dtype: half precision on a CPU."""
+    return x.dtype.itemsize < 4 and x.device.type == "cpu"
+
+
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, scale: float = 1.0) -> None:
     """``out (+)= scale * a (m, k) @ b (k, n)``; `a` and `b` of one dtype, `out` of that or the
     accumulators' dtype.

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rpo_kernels.engines.matmul import put_targets_
+from rpo_kernels.engines.matmul import put_targets_, rounds_products
 from rpo_kernels.rows import Rows
 from rpo_kernels.spec import Head, Transform, accumulator_dtype
 
@@ -119,23 +119,44 @@ def fill(
             h, weight, bias, shift, rows.targets, v0, head.transform, part, sums, target,
             max_bytes=slack(max_bytes),
         )  # fmt: skip
+    sums, target = with_exact_targets(h, rows.targets, head, shift, sums, target, slack(max_bytes))
     logps = (target - sums.log2()) * LN2
     put_targets_(values, rows.targets, 0, target_entry(logps, shift, sums, head.transform))
     return Panel(rows, h, values, logps, shift, sums)
 
 
 def target_logits(h: Tensor, targets: Tensor, head: Head, max_bytes: int) -> Tensor:
-    """The targets' logits (n,), as exact as the products' dtype."""
+    """The targets' logits (n,), products summed in float32 (float64) whatever the device."""
     found = torch.empty_like(targets, dtype=accumulator_dtype(head.dtype))
-    size = max(1, max_bytes // (2 * h.shape[1] * h.element_size()))
+    size = max(1, max_bytes // (2 * h.shape[1] * (h.element_size() + found.element_size())))
     for start in range(0, len(targets), size):
         index = targets[start : start + size]
-        weight = head.weight.index_select(0, index).to(head.dtype)
-        x = torch.bmm(h[start : start + size, None], weight[:, :, None]).view(-1).to(found.dtype)
+        weight = head.weight.index_select(0, index).to(head.dtype).to(found.dtype)
+        x = torch.bmm(h[start : start + size, None].to(found.dtype), weight[:, :, None]).view(-1)
         if head.bias is not None:
             x += head.bias.index_select(0, index)
         found[start : start + size] = head.transform.logit(x)
     return found
+
+
+def with_exact_targets(
+    h: Tensor,
+    targets: Tensor,
+    head: Head,
+    shift: Tensor,
+    sums: Tensor,
+    target: Tensor,
+    max_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """``S`` and the target's ``y - c``, each (n,), with the targets' logits unrounded.
+
+    Where a device rounds products, every logit is off by eps * |z|. That of the target enters its
+    log-prob undamped, all others as an average, and costs D of the row's V * D products to mend.
+    """
+    if not rounds_products(h):
+        return sums, target
+    exact = target_logits(h, targets, head, max_bytes) / LN2 - shift
+    return (sums - target.exp2()).clamp_(min=0) + exact.exp2(), exact
 
 
 def target_entry(logps: Tensor, shift: Tensor, sums: Tensor, transform: Transform) -> Tensor:

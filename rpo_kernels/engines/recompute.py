@@ -44,6 +44,7 @@ from rpo_kernels.engines.panel import (
     slack,
     stride,
     target_entry,
+    with_exact_targets,
 )
 from rpo_kernels.rows import Rows
 from rpo_kernels.spec import Head, accumulator_dtype, gathered_rows
@@ -70,8 +71,9 @@ def forward(
             )
             before, found = found, merge(found, part)
             target = torch.where(inside, y + (part[0] - found[0]), target + (before[0] - found[0]))
-        logps[start:stop] = (target - found[1].log2()) * LN2
-        norm[start:stop] = torch.stack(normalized(*found), 1)
+        sums, target = with_exact_targets(h, targets, head, *found, target, max_bytes // 2)
+        logps[start:stop] = (target - sums.log2()) * LN2
+        norm[start:stop] = torch.stack(normalized(found[0], sums), 1)
     return logps, norm
 
 
