@@ -44,10 +44,12 @@ def no_autocast(function):
 
 def times(grads: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
     """``factor ()`` times every gradient that a backward pass saved, in place where that pass is
-    the graph's last (`retain_graph` is False): a second copy of dW costs time and memory.
+    the graph's last (`retain_graph` is False) and not a trace: a second copy of dW costs time and
+    memory.
     """
-    again = torch._C._autograd._get_current_graph_task_keep_graph()
-    return [x if x is None else x * factor if again else x.mul_(factor) for x in grads]
+    traced = type(factor) is not Tensor
+    last = not traced and not torch._C._autograd._get_current_graph_task_keep_graph()
+    return [x if x is None else x.mul_(factor) if last else x * factor for x in grads]
 
 
 def kept_shape(rows: int, sequences: int, vocab: int, tolerance: float) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rpo_kernels.backends import tiles
 from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.backends.triton_sparse import kept_products
-from rpo_kernels.backends.triton_tail import on_device, tail
+from rpo_kernels.backends.triton_tail import dense, on_device, tail
 from rpo_kernels.spec import Transform
 
 __all__ = ["exp_panel", "kept_products", "lse_and_target", "supports", "tail"]
@@ -134,8 +134,8 @@ def lse_and_target(
         with on_device(hidden):
             kernels.lse_partials[(row_blocks * splits,)](
                 **_operands(h, weight, tile),
-                bias=bias,
-                targets=targets[i : i + step],
+                bias=dense(bias),
+                targets=dense(targets[i : i + step]),
                 partials=partials,
                 target=target[i : i + step],
                 n=rows,
@@ -207,9 +207,9 @@ def _panel_arguments(
 ) -> dict:
     """What both kernels that fill a panel take for its epilogue."""
     return {
-        "bias": bias,
-        "shift": shift,
-        "targets": targets,
+        "bias": dense(bias),
+        "shift": dense(shift),
+        "targets": dense(targets),
         "out": out,
         "part_sum": part_sum,
         "target": target,

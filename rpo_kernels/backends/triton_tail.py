@@ -25,6 +25,11 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def dense(vector: Tensor | None) -> Tensor | None:
+    """The kernels read vectors with stride 1, whatever the caller cut them from."""
+    return None if vector is None else vector.contiguous()
+
+
 @triton.jit
 def _exp(x):
     return tl.exp(x)
@@ -184,9 +189,9 @@ def tail(
         return pairs, coef
     with on_device(logps):
         rpo_tail[(num,)](
-            logps=logps,
-            offsets=offsets,
-            ref_logps=ref_logps,
+            logps=dense(logps),
+            offsets=dense(offsets),
+            ref_logps=dense(ref_logps),
             pairs=pairs,
             coef=coef,
             beta=float(beta),

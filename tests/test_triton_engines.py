@@ -1,0 +1,123 @@
+"""The public functions on the Triton backend: engines and kernels together, against float64.
+
+Without a GPU the kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from support import (
+    Problem,
+    assert_within_plain_budget,
+    differentiate,
+    double,
+    one_thread,
+    pack,
+    pairs,
+    plain_logprobs,
+    plain_rpo_loss,
+    relative_error,
+    tokens,
+    workspace_for,
+)
+
+from rpo_kernels import fused_preference_loss, fused_rpo_loss, linear_logprobs, reference
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LOGITS = [{}, {"logit_scale": 0.7}, {"logit_scale": 1.3, "logit_softcap": 20.0}]
+on_triton = {"backend": "triton"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads():
+    with one_thread():
+        yield
+
+
+def on_device(problem: Problem) -> Problem:
+    return Problem(*(x if x is None else x.to(DEVICE) for x in problem))
+
+
+def logprobs(function, **options):
+    return lambda p: function(p.hidden, p.weight, p.labels, bias=p.bias, **options)
+
+
+def rpo(function, **options):
+    def inner(p):
+        out = function(p.hidden, p.weight, p.labels, p.ref_logps, bias=p.bias, eta=0.5, **options)
+        return out.loss if hasattr(out, "loss") else out
+
+    return inner
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("options", LOGITS, ids=["", "scale", "softcap"])
+def test_logprobs(dtype, bias, options):
+    problem = on_device(tokens(31, (70,), 40, 333, dtype, bias=bias))
+    upstream = torch.randn(70, dtype=torch.float64, device=DEVICE)
+    found = differentiate(logprobs(linear_logprobs, **on_triton, **options), problem, upstream)
+    plain = differentiate(logprobs(plain_logprobs, **options), problem, upstream)
+    exact = logprobs(reference.linear_logprobs, **options)
+    assert_within_plain_budget(found, plain, differentiate(exact, double(problem), upstream))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", ["stream", "recompute"])
+@pytest.mark.parametrize("room", [12, 1000], ids=["split", "whole"])
+def test_loss(dtype, strategy, room):
+    """Pairs that fit the workspace, and pairs that are split."""
+    problem = pairs(32, 3, 29, 40, 333, dtype, bias=True)
+    room = workspace_for(room, problem)
+    problem = on_device(problem)
+    ours = rpo(fused_rpo_loss, strategy=strategy, max_workspace_mb=room, **on_triton)
+    found, plain = differentiate(ours, problem), differentiate(rpo(plain_rpo_loss), problem)
+    truth = differentiate(rpo(reference.rpo_loss), double(problem))
+    assert_within_plain_budget(found, plain, truth)
+
+
+@pytest.mark.parametrize("strategy", ["stream", "recompute"])
+@pytest.mark.parametrize("tolerance", [0.0, 0.02])
+def test_strided_vectors(strategy, tolerance):
+    """Kernels see vectors as the caller cut them from larger tensors: labels, bias, references."""
+    problem, ends = pack(pairs(33, 2, 40, 24, 333, bias=True))
+    problem, ends = on_device(problem), ends.to(DEVICE)
+    spaced = [torch.stack([x, x.flip(0)], 1)[:, 0] for x in (*problem[2:], ends)]
+    assert all(not x.is_contiguous() for x in spaced)
+
+    def call(p, labels, bias, refs, edges):
+        run = functools.partial(fused_rpo_loss, strategy=strategy, cu_seqlens=edges, **on_triton)
+        out = run(p.hidden, p.weight, labels, refs, bias=bias, grad_tolerance=tolerance)
+        return out.loss
+
+    dense = differentiate(lambda p: call(p, *problem[2:], ends), problem)
+    cut = differentiate(
+        lambda p: call(
+            p,
+            *spaced,
+        ),
+        problem,
+    )
+    for name in ("out", "hidden", "weight"):
+        assert torch.equal(dense[name], cut[name]), name
+
+
+@pytest.mark.parametrize("strategy", ["stream", "recompute"])
+@pytest.mark.parametrize("tolerance", [0.0, 0.01])
+def test_a_custom_loss_equals_the_torch_backend(strategy, tolerance):
+    problem = on_device(pairs(34, 3, 29, 40, 333, spread=4.0))
+
+    def call(p, backend):
+        return fused_preference_loss(
+            p.hidden, p.weight, p.labels, lambda s, n, i: (s[1] / n[1] - s[0] / n[0]).exp(),
+            strategy=strategy, backend=backend, grad_tolerance=tolerance,
+        )[0]  # fmt: skip
+
+    one, two = (differentiate(lambda p, b=b: call(p, b), problem) for b in ("triton", "torch"))
+    for name in one:
+        assert relative_error(one[name], two[name]) < (0.02 if tolerance else 1e-5), name
