@@ -300,7 +300,9 @@ def fused_rpo_loss(
     checks.check_normalizers(num_pairs, num_chosen_tokens)
     rows, flat_labels, cu_seqlens = _sequences(hidden, labels, cu_seqlens)
     sequences = cu_seqlens.shape[0] - 1
-    checks.check_loss(loss_type, beta, eta, label_smoothing, sft_reduction, simpo_gamma)
+    checks.check_loss(
+        loss_type, beta, eta, label_smoothing, sft_reduction, scale_eta_by_beta, simpo_gamma
+    )
     checks.check_reference(loss_type, ref_logps, sequences, hidden)
     weight_sft = sft_weight(eta, beta, sft_reduction, scale_eta_by_beta)
     gamma = 0.5 if simpo_gamma is None else float(simpo_gamma)

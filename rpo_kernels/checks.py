@@ -15,6 +15,7 @@ from rpo_kernels.backends import BACKENDS
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
 
 STRATEGIES = ("auto", "recompute", "stream")
+LARGEST = torch.finfo(torch.float32).max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -30,10 +31,17 @@ def _number(name: str, value: object, expected: str, fits: Callable[[float], boo
 
 
 def check_reverse_mode(**tensors: Tensor | None) -> None:
-    """Refuse tangents, which an operator without forward-mode derivatives would drop."""
+    """Refuse tangents, which an operator without forward-mode derivatives would drop, and what
+    `torch.func` wraps: it would drop gradients.
+    """
     for name, tensor in tensors.items():
-        if tensor is not None and unpack_dual(tensor).tangent is not None:
+        if tensor is None:
+            continue
+        if unpack_dual(tensor).tangent is not None:
             _fail(name, "a tensor without a tangent: there is no forward-mode derivative", "one")
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            expected = "a tensor outside torch.func and vmap (use torch.autograd, loop over calls)"
+            _fail(name, expected, "one that a transform wraps")
 
 
 def check_head(
@@ -98,10 +106,10 @@ def check_head(
     for name, other in (("weight", weight), ("labels", labels), ("bias", bias)):
         if other is not None and other.device != hidden.device:
             _fail(name, f"hidden's device {hidden.device}", other.device)
-    _number("logit_scale", scale, "a finite number > 0", lambda x: 0 < x < math.inf)
+    _number("logit_scale", scale, "a finite number > 0 in float32", lambda x: 0 < x <= LARGEST)
     if softcap is not None:
-        expected = "None or a finite number > 0"
-        _number("logit_softcap", softcap, expected, lambda x: 0 < x < math.inf)
+        expected = "None or a finite number > 0 in float32"
+        _number("logit_softcap", softcap, expected, lambda x: 0 < x <= LARGEST)
     vocab = weight.shape[0]
     expected = f"an int64 value that is no token id (outside [0, {vocab}))"
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
@@ -158,7 +166,7 @@ def check_normalizers(num_pairs: float | None, num_chosen_tokens: float | None) 
     for name, value in (("num_pairs", num_pairs), ("num_chosen_tokens", num_chosen_tokens)):
         if value is None:
             continue
-        if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+        if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
             _fail(
                 name,
                 "a Python number (call .item() on the reduced count once a step)",
@@ -175,6 +183,7 @@ def check_loss(
     eta: float,
     label_smoothing: float,
     sft_reduction: str,
+    scale_eta_by_beta: bool | None,
     simpo_gamma: float | None,
 ) -> None:
     """Check the loss and its coefficients, and that the loss defines the combination."""
@@ -182,10 +191,12 @@ def check_loss(
         _fail("loss_type", f"one of {', '.join(LOSSES)}", repr(loss_type))
     if sft_reduction not in SFT_REDUCTIONS:
         _fail("sft_reduction", f"one of {', '.join(SFT_REDUCTIONS)}", repr(sft_reduction))
+    if scale_eta_by_beta not in (None, True, False):
+        _fail("scale_eta_by_beta", "None, True or False", repr(scale_eta_by_beta), TypeError)
     loss = LOSSES[loss_type]
-    _number("beta", beta, "a finite number > 0", lambda x: 0 < x < math.inf)
-    expected = "a finite number >= 0 (0 is the preference loss alone)"
-    _number("eta", eta, expected, lambda x: 0 <= x < math.inf)
+    _number("beta", beta, "a finite number > 0 in float32", lambda x: 0 < x <= LARGEST)
+    expected = "a finite number >= 0 in float32 (0 is the preference loss alone)"
+    _number("eta", eta, expected, lambda x: 0 <= x <= LARGEST)
     expected = "a number in [0, 0.5)"
     _number("label_smoothing", label_smoothing, expected, lambda x: 0 <= x < 0.5)
     if label_smoothing and not loss.smoothing:
@@ -208,8 +219,8 @@ def check_loss(
             simpo_gamma,
         )
     if simpo_gamma is not None:
-        expected = "a finite number >= 0"
-        _number("simpo_gamma", simpo_gamma, expected, lambda x: 0 <= x < math.inf)
+        expected = "a finite number >= 0 in float32"
+        _number("simpo_gamma", simpo_gamma, expected, lambda x: 0 <= x <= LARGEST)
 
 
 def check_reference(

@@ -82,6 +82,8 @@ HEAD = [
     Bad("logit_scale", -1.0, ValueError, "a finite number > 0", "-1.0"),
     Bad("logit_scale", NAN, ValueError, "a finite number > 0", "nan"),
     Bad("logit_scale", INF, ValueError, "a finite number > 0", "inf"),
+    Bad("logit_scale", 1e300, ValueError, "a finite number > 0 in float32", "1e+300"),
+    Bad("logit_scale", 10**400, ValueError, "a finite number > 0 in float32", "1000000"),
     Bad("logit_scale", None, TypeError, "a finite number > 0", "None"),
     Bad("logit_scale", "1", TypeError, "a finite number > 0", "1"),
     Bad("logit_softcap", 0.0, ValueError, "None or a finite number > 0", "0.0"),
@@ -127,6 +129,7 @@ SEQUENCES = [
     Bad("num_pairs", NAN, ValueError, "None or a count > 0", "nan"),
     Bad("num_pairs", torch.tensor(2), TypeError, "a Python number", "Tensor"),
     Bad("num_pairs", "2", TypeError, "a Python number", "str"),
+    Bad("num_pairs", True, TypeError, "a Python number", "bool"),
     Bad("strategy", "fast", ValueError, "one of auto, recompute, stream", "'fast'"),
     Bad("strategy", None, ValueError, "one of auto, recompute, stream", "None"),
     Bad("max_workspace_mb", 1e-5, ValueError, "room for one row of the vocabulary", "MiB",
@@ -145,6 +148,7 @@ LOSS = [
     Bad("beta", "0.1", TypeError, "a finite number > 0", "0.1"),
     Bad("eta", -0.1, ValueError, "a finite number >= 0", "-0.1"),
     Bad("eta", NAN, ValueError, "a finite number >= 0", "nan"),
+    Bad("eta", 1e39, ValueError, "a finite number >= 0 in float32", "1e+39"),
     Bad("eta", None, TypeError, "a finite number >= 0", "None"),
     Bad("label_smoothing", 0.5, ValueError, "[0, 0.5)", "0.5"),
     Bad("label_smoothing", -0.1, ValueError, "[0, 0.5)", "-0.1"),
@@ -156,6 +160,7 @@ LOSS = [
     Bad("loss_type", ["sigmoid"], ValueError, "one of sigmoid", "['sigmoid']"),
     Bad("sft_reduction", "mean", ValueError, "sum, sequence_mean, token_mean", "'mean'"),
     Bad("sft_reduction", None, ValueError, "sum, sequence_mean, token_mean", "None"),
+    Bad("scale_eta_by_beta", "no", TypeError, "None, True or False", "'no'"),
     Bad("simpo_gamma", 0.5, ValueError, "None with loss_type='sigmoid'", "0.5"),
     Bad("simpo_gamma", -1.0, ValueError, "number >= 0", "-1.0", FREE | {"loss_type": "simpo"}),
     Bad("simpo_gamma", NAN, ValueError, "number >= 0", "nan", FREE | {"loss_type": "simpo"}),
@@ -390,6 +395,20 @@ def test_tangents_are_refused(name, function):
 
     with pytest.raises(ValueError, match=f"{name}: expected a tensor without a tangent"):
         torch.func.jvp(value, (given[name],), (torch.ones_like(given[name]),))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functional_transforms_are_refused(function):
+    """`vmap` would drop hidden's gradient."""
+    given = good(function)
+
+    def value(tensor):
+        return call(function, given | {"hidden": tensor})
+
+    with pytest.raises(ValueError, match="hidden: expected a tensor outside torch.func and vmap"):
+        torch.func.vmap(value)(torch.stack([given["hidden"]] * 2))
+    with pytest.raises(ValueError, match="hidden: expected a tensor outside torch.func and vmap"):
+        torch.func.grad(value)(given["hidden"])
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

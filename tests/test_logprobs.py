@@ -5,6 +5,7 @@ Memory that `torch.empty` returns is poisoned with NaN throughout.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -30,6 +31,7 @@ from support import (
     relative_error,
     rounding_bounds,
     tokens,
+    workspace_for,
 )
 
 from rpo_kernels import fused_preference_loss, linear_logprobs, ops, reference
@@ -436,6 +438,38 @@ def test_float16_matmuls_do_not_overflow_where_the_gradient_fits():
     truth = differentiate(call(reference.linear_logprobs), double(problem), upstream)
     assert plain["weight"].isfinite().all()
     assert_within_plain_budget(found, plain, truth)
+
+
+@pytest.mark.parametrize("size", [400.0, 60000.0])
+@pytest.mark.parametrize("way", ["logprobs", "stream", "split", "skip", "split skip", "recompute"])
+def test_float16_sums_of_large_channels_do_not_overflow(size, way):
+    """One channel of massive activations: dW fits, sum_i |h_i| does not."""
+    problem = tokens(24, (4, 512), 32, 64, torch.float16, ignored=0)
+    problem.hidden[..., 3] = size
+    problem.weight[:, 3] = 0.0
+    problem.labels[:2] = 5
+    count = 2 * size  # then dW of entry 5 is near 500 there
+    options = {"grad_tolerance": 1e-3} if "skip" in way else {}
+    if "split" in way:
+        options["max_workspace_mb"] = workspace_for(300, problem)
+
+    def run(p, logps=linear_logprobs):
+        if way == "logprobs" or logps is not linear_logprobs:
+            return logps(p.hidden, p.weight, p.labels)[:2].sum() / count
+        strategy = "recompute" if way == "recompute" else "stream"
+        loss = fused_preference_loss(
+            p.hidden, p.weight, p.labels, lambda s, n, i: s[0], num_pairs=count,
+            strategy=strategy, **options,
+        )  # fmt: skip
+        return loss[0]
+
+    found = differentiate(run, problem)
+    truth = differentiate(functools.partial(run, logps=reference.linear_logprobs), double(problem))
+    plain = differentiate(functools.partial(run, logps=plain_logprobs), problem)
+    assert 100 < truth["weight"].abs().max() < 60000
+    for name in ("hidden", "weight"):
+        error, own = (relative_error(x[name], truth[name]) for x in (found, plain))
+        assert error < (0.01 if options else 2 * own + torch.finfo(torch.float16).eps), name
 
 
 def test_masked_vocabulary_entries():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rpo_kernels.spec import Head
+
 ROUNDED = 2**16  # elements of a half-precision product on a CPU, or up to
 ROUNDED_ROWS = 512  # rows of it where the operands are that large themselves
 
@@ -32,6 +34,32 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, scale: floa
             part = out[row : row + step]
             product = torch.mm(a[row : row + step], b).to(out.dtype)
             part.add_(product, alpha=scale) if accumulate else torch.mul(product, scale, out=part)
+
+
+def reach_of(h: Tensor, head: Head) -> Tensor | None:
+    """For fp16, else None: the largest ``|dz/dx h|`` of every row of `h` (n, D), at least that of
+    the bias, (n,).
+    """
+    if head.dtype != torch.float16:
+        return None
+    low, high = torch.aminmax(h, dim=1)
+    largest = torch.maximum(-low, high)
+    largest = torch.where(largest.isfinite(), largest, 1).float().clamp(min=1)
+    return largest * head.transform.scale
+
+
+def unit_of(coef: Tensor, reach: Tensor | None) -> Tensor:
+    """A power of two () to divide `coef` (n,) by before a matmul that sums over rows: at least the
+    largest ``|coef|``, 1 if there is none.
+
+    fp16 sums must not overflow either: with `reach` (n,) it is also at least ``sum |coef| reach``
+    over 2^15.
+    """
+    size = coef.abs()
+    unit = size.amax() if coef.shape[0] else coef.new_zeros(())
+    if reach is not None:
+        unit = torch.maximum(unit, (size * reach).sum() / 2**15)
+    return torch.where(unit > 0, torch.exp2(unit.log2().ceil().clamp(min=-100)), 1)
 
 
 def put_targets_(panel: Tensor, targets: Tensor, v0: int, values: Tensor) -> None:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from rpo_kernels.engines import skipping
-from rpo_kernels.engines.matmul import matmul_into, put_targets_
+from rpo_kernels.engines.matmul import matmul_into, put_targets_, reach_of, unit_of
 from rpo_kernels.engines.panel import (
     LN2,
     MAX_SUM,
@@ -164,18 +164,6 @@ def _shape(
     return n, min(vocab, p)
 
 
-def _unit(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A power of two (), at least the largest ``|g|``, 1 if there is none, to divide `grad` by.
-
-    fp16 sums of N products must not overflow either: there it is also at least ``sum |g| / 512``.
-    """
-    size = grad.abs()
-    largest = size.amax() if grad.shape[0] else grad.new_zeros(())
-    if dtype == torch.float16:
-        largest = torch.maximum(largest, size.sum() / 512)
-    return torch.where(largest > 0, torch.exp2(largest.log2().ceil()), 1)
-
-
 class Terms(NamedTuple):
     """What the kept rows bring to backward, each (N,) but `top` ()."""
 
@@ -189,11 +177,14 @@ class Terms(NamedTuple):
     top: Tensor
 
 
-def _terms(grad: Tensor, logps: Tensor, norm: Tensor, rows: Rows, head: Head) -> Terms:
+def _terms(
+    grad: Tensor, logps: Tensor, norm: Tensor, hidden: Tensor, rows: Rows, head: Head
+) -> Terms:
     total = rows.targets.shape[0]
     grad, logps, norm = (rows.take(x, 0, total) for x in (grad, logps, norm))
     shift, sums = norm.unbind(1)
-    top = _unit(grad, head.dtype)
+    reach = reach_of(hidden, head)
+    top = unit_of(grad, None if reach is None else rows.take(reach, 0, total))
     unit = -grad / top
     return Terms(
         shift,
@@ -226,7 +217,7 @@ def backward(
     need_h, need_w, need_b = needs
     (total, width), vocab = (rows.targets.shape[0], hidden.shape[1]), head.weight.shape[0]
     acc_dtype = accumulator_dtype(head.dtype)
-    shift, entry, factor, coef, top = _terms(grad, logps, norm, rows, head)
+    shift, entry, factor, coef, top = _terms(grad, logps, norm, hidden, rows, head)
     n, p = _shape(total, vocab, width, head.dtype.itemsize, max_bytes, hidden.device.type == "cpu")
     d_rows = rows.accumulator(hidden, acc_dtype) if need_h else None
     blank = torch.empty_like if total else torch.zeros_like
@@ -289,7 +280,7 @@ def backward_skipping(
     need_h, need_w, need_b = needs
     acc = accumulator_dtype(head.dtype)
     size = gathered_rows(hidden.shape[1], head.dtype.itemsize)
-    shift, entry, factor, coef, top = _terms(grad, logps, norm, rows, head)
+    shift, entry, factor, coef, top = _terms(grad, logps, norm, hidden, rows, head)
     d_rows = rows.accumulator(hidden, acc) if need_h else None
     d_weight = torch.zeros_like(head.weight, dtype=acc) if need_w else None
     d_bias = torch.zeros_like(head.weight[:, 0], dtype=acc) if need_b else None

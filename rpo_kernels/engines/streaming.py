@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from rpo_kernels.engines import skipping
-from rpo_kernels.engines.matmul import matmul_into
+from rpo_kernels.engines.matmul import matmul_into, reach_of, unit_of
 from rpo_kernels.engines.panel import MAX_SUM, Panel, capacity, fill, stride
 from rpo_kernels.rows import Rows
 from rpo_kernels.spec import Head, accumulator_dtype
@@ -164,9 +164,9 @@ class Sweep:
         """Add ``E @ (-coef / S * H)`` to `sums`; return ``(P - onehot)^T @ W``, (n, D), if hidden
         needs it: 2U.
         """
-        scale = 1.0
-        if coef.device.type == "cpu" and coef.numel():  # on a GPU it would synchronize
-            scale = 2.0 ** max(math.frexp(coef.abs().amax().item())[1], -100)
+        scale, reach = 1.0, reach_of(panel.h, self.head)
+        if reach is not None or coef.device.type == "cpu":  # it synchronizes GPUs: only for fp16
+            scale = unit_of(coef, reach).item()
         unit = -coef / scale
         unit = torch.where(unit.abs() < 1e-20, 0, unit) / panel.sums
         dtype = panel.h.dtype
