@@ -30,12 +30,12 @@ def _number(name: str, value: object, expected: str, fits: Callable[[float], boo
         _fail(name, expected, value)
 
 
-def check_reverse_mode(**tensors: Tensor | None) -> None:
+def check_reverse_mode(**tensors: object) -> None:
     """Refuse tangents, which an operator without forward-mode derivatives would drop, and what
     `torch.func` wraps: it would drop gradients.
     """
     for name, tensor in tensors.items():
-        if tensor is None:
+        if not isinstance(tensor, Tensor):
             continue
         if unpack_dual(tensor).tangent is not None:
             _fail(name, "a tensor without a tangent: there is no forward-mode derivative", "one")

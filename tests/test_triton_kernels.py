@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 pytest.importorskip("triton")
 
-from rpo_kernels.backends import tiles
+from rpo_kernels.backends import tiles, torch_backend
 from rpo_kernels.backends import triton_backend as backend
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
 from rpo_kernels.spec import Transform
@@ -399,6 +399,22 @@ def test_tail_of_one_pair_or_none(counts):
         want_pairs, want_coef = tail_truth(logps, counts, ref, "sigmoid", "token_mean")
         torch.testing.assert_close(pairs.double(), want_pairs, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(coef.double(), want_coef, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, EPSILON])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_tail_of_impossible_tokens(loss_type, smoothing):
+    """A log-prob of -inf, chosen and rejected: what the torch backend says."""
+    if (loss_type == "exo_pair" and not smoothing) or (
+        smoothing and not LOSSES[loss_type].smoothing
+    ):
+        pytest.skip("not defined")
+    logps, offsets, ref = make_tail([3, 4, 5, 6])
+    logps[1], logps[-1] = -math.inf, -math.inf
+    rest = ref if LOSSES[loss_type].reference else None, loss_type, BETA, smoothing, GAMMA
+    rest += WEIGHT, "sum", PAIRS, TOKENS
+    found, wanted = (tail(logps, offsets, *rest) for tail in (backend.tail, torch_backend.tail))
+    torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-6, atol=1e-12)
 
 
 def test_loss_is_exactly_ln_2_against_itself():

@@ -47,7 +47,7 @@ def _where(condition, x, y):
 
 @triton.jit
 def _relu(x):
-    return tl.where(x < 0, 0 * x, x)
+    return tl.where(x < 0, 0.0, x)
 
 
 @triton.jit
