@@ -120,15 +120,15 @@ def estimates(path: Path, shape: Shape, dtype: str) -> tuple[dict[str, float], s
     """
     try:
         document = json.loads(path.read_text())
-        measured, device = document["runs"], document["device"]["name"]
+        device = document["device"]["name"]
+        runs = [
+            run
+            for run in document["runs"]
+            if (run["spec"]["dtype"], run["spec"]["frozen"]) == (dtype, shape.frozen)
+            and run["spec"]["timed"]
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"--results: {path}: not a results file: {error!r}") from None
-    runs = [
-        run
-        for run in measured
-        if (run["spec"]["dtype"], run["spec"]["frozen"]) == (dtype, shape.frozen)
-        and run["spec"]["timed"]
-    ]
     if not runs:
         head = "frozen" if shape.frozen else "trained"
         raise SystemExit(f"--results: {path} holds no {dtype} problem with a {head} head")
@@ -155,15 +155,19 @@ def read_config(path: str) -> tuple[int, int]:
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     try:
-        config = json.loads(file.read_text())
-        config = config.get("text_config") or config
-    except (OSError, ValueError, AttributeError) as error:
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
+        config = {**config, **(config.get("text_config") or {})}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise SystemExit(f"--config: {file}: not a model config: {error}") from None
     names = ("hidden_size", "n_embd", "d_model")
     width = next((config[name] for name in names if config.get(name)), None)
-    if not width or not config.get("vocab_size"):
-        raise SystemExit(f"--config: {file}: expected vocab_size and one of {', '.join(names)}")
-    return width, config["vocab_size"]
+    vocab = config.get("vocab_size")
+    if not all(type(size) is int and size > 0 for size in (width, vocab)):
+        raise SystemExit(
+            f"--config: {file}: expected vocab_size and one of {', '.join(names)}, numbers above "
+            f"0, got {vocab!r} and {width!r}"
+        )
+    return width, vocab
 
 
 def report(shape: Shape, device_gib: float | None, seconds: dict[str, float], device: str) -> str:
@@ -214,6 +218,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name}: expected at least 1, got {given}")
     if not 0 < args.max_workspace_mb < math.inf:
         parser.error(f"--max_workspace_mb: expected a number above 0, got {args.max_workspace_mb}")
+    if args.device_gib is not None and not 0 < args.device_gib < math.inf:
+        parser.error(f"--device_gib: expected a number above 0, got {args.device_gib}")
     width, vocab = read_config(args.config) if args.config else sizes
     response = args.length if args.response is None else args.response
     if not 0 < response <= args.length:

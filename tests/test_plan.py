@@ -118,7 +118,14 @@ def test_what_does_not_fit_is_said():
         ('{"n_embd": 8, "vocab_size": 9}', (8, 9)),
         ('{"d_model": 8, "vocab_size": 9, "text_config": null}', (8, 9)),
         ('{"text_config": {"hidden_size": 8, "vocab_size": 9}}', (8, 9)),
+        ('{"text_config": {"hidden_size": 8}, "vocab_size": 9}', (8, 9)),
+        ('\ufeff{"d_model": 8, "vocab_size": 9}', (8, 9)),
         ('{"vocab_size": 9}', "expected vocab_size and one of hidden_size"),
+        ('{"hidden_size": 8, "vocab_size": "9"}', "numbers above 0, got '9' and 8"),
+        ('{"hidden_size": -8, "vocab_size": 9}', "numbers above 0, got 9 and -8"),
+        ('{"hidden_size": true, "vocab_size": 9}', "got 9 and True"),
+        ('{"hidden_size": NaN, "vocab_size": 9}', "got 9 and nan"),
+        ('{"hidden_size": 8, "text_config": "x"}', "not a model config"),
         ("[]", "not a model config"),
         ("{", "not a model config"),
         (None, "not a model config"),
@@ -134,7 +141,10 @@ def test_model_configs(config, sizes, tmp_path):
         plan.read_config(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"runs": []}'])
+PARTIAL = '{"runs": [{"spec": {}}], "device": {"name": "x"}}'
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"runs": []}', PARTIAL])
 def test_no_results_file(text, tmp_path):
     if text is not None:
         (tmp_path / "r.json").write_text(text)
@@ -154,6 +164,7 @@ def test_command_line(tmp_path, capsys):
     for bad in (
         ["--length", "0"], ["--response", "101"], ["--pairs", "-1"], ["--max_workspace_mb", "nan"],
         ["--max_workspace_mb", "-1"], ["--hidden_size", "64"], ["--vocab_size", "0"],
+        ["--device_gib", "nan"], ["--device_gib", "0"],
     ):  # fmt: skip
         with pytest.raises(SystemExit):
             plan.main([*words, *bad])
