@@ -15,7 +15,7 @@ from benchmarks.inputs import Problem, calibrated_problem, real_problem
 
 GPU_HEADS = ((4096, 128256), (2048, 151936))
 GPU_LAYOUTS = ((2, 1024), (2, 4096), (8, 4096))  # pairs, positions: 4k, 16k, 64k tokens
-SCALING_LAYOUTS = ((1, 512), (1, 1024), (2, 1024), (4, 1024), (8, 1024), (16, 1024), (32, 1024))
+SCALING_LAYOUTS = ((1, 512), (2, 1024), (8, 1024), (32, 1024))  # pairs, positions: 1k to 64k tokens
 SCALING_VOCABS = (6144, 12288, 24576)
 OURS = ("auto", "stream", "recompute")
 
