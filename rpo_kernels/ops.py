@@ -47,7 +47,7 @@ def times(grads: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]
     the graph's last (`retain_graph` is False) and not a trace: a second copy of dW costs time and
     memory.
     """
-    traced = type(factor) is not Tensor
+    traced = type(factor) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(factor)
     last = not traced and not torch._C._autograd._get_current_graph_task_keep_graph()
     return [x if x is None else x.mul_(factor) if last else x * factor for x in grads]
 

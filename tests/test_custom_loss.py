@@ -235,6 +235,34 @@ def test_backward_twice_gives_the_same_gradients(strategy):
     assert torch.equal(kept, twice)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_loss_runs_outside_autocast(strategy):
+    """Log-probs of hundreds of nats must not be rounded to bf16, by a matmul for instance."""
+    problem, sign = pairs(13), torch.tensor([1.0, -1.0])
+
+    def margins(logps, counts, index):
+        assert not torch.is_autocast_enabled("cpu")
+        return -(0.01 * (sign @ logps))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logps = fused_preference_loss(
+            problem.hidden, problem.weight, problem.labels, margins, strategy=strategy
+        )
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, -0.01 * (logps[0] - logps[1]).mean())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_batched_upstream_gradients(strategy):
+    problem = pairs(14)
+    hidden = problem.hidden.clone().requires_grad_()
+    loss = mine(rpo(problem.ref_logps), strategy=strategy)(problem._replace(hidden=hidden))
+    (one,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    upstream = torch.tensor([[1.0], [3.0]])
+    (two,) = torch.autograd.grad(loss[None], hidden, upstream, is_grads_batched=True)
+    assert torch.equal(two, torch.stack([one, 3 * one]))
+
+
 def test_compiled_it_recomputes_and_equals_eager():
     """A Python function cannot be an operator's argument: "auto" recomputes, fullgraph."""
     problem = pairs(10)
