@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from trainer_tiny import record, save_tiny, tiny_llama, write_jsonl
@@ -20,7 +21,7 @@ from trainer import run
 from trainer.config import InputError
 from trainer.recipe import parse_config
 from trainer.report import RunLog
-from trainer.stop import Stopped
+from trainer.stop import Stopped, StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
@@ -131,6 +132,36 @@ def test_a_signal_saves_and_stops(tiny, whole, tmp_path, monkeypatch, number):
     if number == signal.SIGTERM:
         resume(tiny, tmp_path / "out")
         assert same(outcome(tmp_path / "out"), outcome(whole))
+
+
+def test_sigterm_to_accelerate_launch_reaches_the_trainer(tiny, tmp_path):
+    """The launcher dies of it at once; its trainer saves, and keeps others out of the folder."""
+    folder = tmp_path / "out"
+    words = [*tiny, "--output_dir", str(folder), "--save_steps", "0", "--max_steps", "100000"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", "trainer/run.py", *words], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 4:
+        assert launcher.poll() is None, launcher.stdout.read()
+        time.sleep(0.002)
+    with pytest.raises(InputError, match=r"output_dir: another process is writing to .*out; wait"):
+        run.run(parse_config([*words, "--resume_from_checkpoint", "auto"]))
+    launcher.terminate()
+    output, _ = launcher.communicate(timeout=100)  # until the trainer closes its end, too
+    assert launcher.returncode == -signal.SIGTERM
+    (checkpoint,) = folder.glob("*checkpoint*")
+    assert f"SIGTERM: stopped; all is saved in {checkpoint}" in output
+
+
+def test_only_the_second_ctrl_c_kills():
+    with StopSignal(Accelerator(cpu=True)) as stop:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.received() == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_checkpoint_goes_on_in_another_folder_and_another_split(tiny, whole, tmp_path):

@@ -193,8 +193,8 @@ def test_a_finished_run_is_not_replaced_unasked(finished, tiny):
         run.run(parse_config([*tiny, "--output_dir", str(folder)]))
     assert read_metrics(folder) == rows
     for place in (folder / "config.yaml", folder / "config.yaml" / "out"):
-        with pytest.raises(InputError, match="output_dir: cannot make the folder .*config.yaml"):
-            run.check(parse_config([*tiny, "--output_dir", str(place)]))
+        with pytest.raises(InputError, match="output_dir: cannot make or write .*config.yaml"):
+            run.run(parse_config([*tiny, "--output_dir", str(place)]))
 
 
 def test_a_replaced_run_leaves_nothing_behind(finished, tiny, tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_replaced_run_leaves_nothing_behind(finished, tiny, tmp_path, monkeypa
     with pytest.raises(SystemExit, match="killed"):
         run.run(parse_config(words))
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "data_report.json", "metrics.jsonl",
+        ".lock", "config.yaml", "data_report.json", "metrics.jsonl",
     }  # fmt: skip
 
 

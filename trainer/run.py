@@ -9,6 +9,7 @@ python trainer/run.py --help                                      every field
 import ctypes
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not __package__:  # run as a script: import from the repository, not from this folder
     folder = Path(__file__).resolve().parent
     sys.path[:] = [str(folder.parent), *(p for p in sys.path if Path(p or ".").resolve() != folder)]
+
+if __name__ == "__main__":
+    # Ctrl-C kills without a traceback, except while `StopSignal` waits for a checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+        # SIGTERM ends `accelerate launch` alone: the kernel then sends it to this process, too.
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -47,6 +55,14 @@ from trainer.truncation import Limits
 
 def run(config: RunConfig) -> list[dict[str, float]]:
     """Run a config from files to a saved model; returns the rows of `metrics.jsonl`."""
+    if config.dry_run:
+        return run_alone(config)
+    with report.only_writer(config.output_dir):
+        return run_alone(config)
+
+
+def run_alone(config: RunConfig) -> list[dict[str, float]]:
+    """`run`, once no other process writes to `output_dir`."""
     started = time.perf_counter()
     resumed = check(config)
     sharding = distributed.take_request(config)
