@@ -113,11 +113,21 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny, whole, tmp_path):
     assert not list(folder.glob(".checkpoint-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(tiny, whole, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize(
+    ("number", "step", "name"),
+    [
+        (signal.SIGTERM, 4, "loss"),
+        (signal.SIGINT, 4, "loss"),
+        (signal.SIGTERM, STEPS, "loss"),
+        (signal.SIGTERM, STEPS, "eval/loss"),
+    ],
+)
+def test_a_signal_saves_and_stops(tiny, whole, tmp_path, monkeypatch, number, step, name):
+    """After a step, before its evaluation; and after the last evaluation, before the model."""
+
     def write_and_send(self, row, write=RunLog.write):
         write(self, row)
-        if row["step"] == 4:
+        if row["step"] == step and name in row:
             os.kill(os.getpid(), number)
 
     words = [*tiny, "--output_dir", str(tmp_path / "out"), "--save_steps", "0"]
@@ -128,7 +138,10 @@ def test_a_signal_saves_and_stops(tiny, whole, tmp_path, monkeypatch, number):
         run.main()
     monkeypatch.undo()
     assert stop.value.code == 128 + number and signal.getsignal(number) is before
-    assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-4"]
+    assert [p.name for p in (tmp_path / "out").glob("*checkpoint*")] == [f"checkpoint-{step}"]
+    last = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["step"] == step and name in json.loads(last)
+    assert not (tmp_path / "out" / "model").exists()
     if number == signal.SIGTERM:
         resume(tiny, tmp_path / "out")
         assert same(outcome(tmp_path / "out"), outcome(whole))
@@ -153,6 +166,30 @@ def test_sigterm_to_accelerate_launch_reaches_the_trainer(tiny, tmp_path):
     assert launcher.returncode == -signal.SIGTERM
     (checkpoint,) = folder.glob("*checkpoint*")
     assert f"SIGTERM: stopped; all is saved in {checkpoint}" in output
+
+
+def test_a_signal_lets_the_model_be_saved(tiny, tmp_path, monkeypatch):
+    def send_and_save(*args, save=run.save_model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*args)
+
+    monkeypatch.setattr(run, "save_model", send_and_save)
+    run.run(parse_config([*tiny, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]))
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(tiny, tmp_path):
+    words = [*tiny, "--output_dir", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "trainer/run.py", *words], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "out" / ".lock").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGINT and "Traceback" not in output
 
 
 def test_only_the_second_ctrl_c_kills():

@@ -40,7 +40,7 @@ from trainer.config import InputError, RunConfig
 from trainer.encoding import encode_rows, use_chat_template
 from trainer.fit import check_answers, check_fit
 from trainer.loading import check_layers, load_model, load_tokenizer, locate_model, save_model
-from trainer.loop import Training, evaluate, evaluation_step, train
+from trainer.loop import Training, evaluate, evaluation_step, owes_evaluation, train
 from trainer.model import PreferenceModel, check_model, compile_layers, loss_options
 from trainer.optimizer import check_optimizer, make_optimizer, make_schedule
 from trainer.packing import Step, plan_training, regroup, share_prefixes
@@ -49,7 +49,7 @@ from trainer.recipe import parse_config
 from trainer.reference import Reference, check_reference
 from trainer.samples import first_prompts, take_samples
 from trainer.sources import read_splits
-from trainer.stop import Stopped
+from trainer.stop import Stopped, StopSignal
 from trainer.truncation import Limits
 
 
@@ -105,11 +105,12 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     if resumed:
         checkpoint.load(training, resumed, accelerator)
         report.say(f"goes on after step {training.step} of {len(plans['train'])}, from {resumed}")
-    else:
+    if owes_evaluation(training, config, len(plans["train"])):
         evaluate_now()
-    train(training, splits["train"], plans["train"], config, accelerator, evaluate_now, save_now)
-    evaluate_now()
-    finish(training, tokenizer, config, started, accelerator)
+    todo = (training, splits["train"], plans["train"])
+    with StopSignal(accelerator) as stop:
+        train(*todo, config, accelerator, evaluate_now, save_now, stop)
+        finish(training, tokenizer, config, started, accelerator)
     return log.rows
 
 
