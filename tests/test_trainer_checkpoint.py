@@ -201,6 +201,16 @@ def test_only_the_second_ctrl_c_kills():
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_the_limit_spares_what_was_just_saved(tiny, tmp_path):
+    """The run goes on from an older checkpoint beside a later one."""
+    folder = tmp_path / "out"
+    words = ["--max_steps", "4", "--save_steps", "2", "--eval_steps", "0"]
+    run.run(parse_config([*tiny, *words, "--output_dir", str(folder)]))
+    words += ["--save_steps", "3", "--save_total_limit", "1"]
+    resume(tiny, folder, folder / "checkpoint-2", *words)
+    assert [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-3"]
+
+
 def test_a_checkpoint_goes_on_in_another_folder_and_another_split(tiny, whole, tmp_path):
     """Micro-batches and the files' places are free; the numbers are the same up to rounding."""
     split = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]

@@ -136,7 +136,7 @@ def save(
     limit: int | None,
     accelerator: Accelerator,
 ) -> Path:
-    """Write `folder`/checkpoint-STEP on all ranks, then remove all but the newest `limit`."""
+    """Write `folder`/checkpoint-STEP on all ranks; of the others stay the newest `limit` - 1."""
     target = folder / f"checkpoint-{training.step}"
     draft = folder / f".{target.name}"
     if accelerator.is_main_process:
@@ -166,7 +166,8 @@ def save(
             _remove(target)
         draft.rename(target)
         _flush(folder)
-        for old in _checkpoints(folder)[: -limit if limit else 0]:
+        others = [path for path in _checkpoints(folder) if path != target]  # some may be later
+        for old in others[: max(0, len(others) + 1 - limit)] if limit else []:
             _remove(old)
     accelerator.wait_for_everyone()
     return target
