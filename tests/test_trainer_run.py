@@ -104,11 +104,16 @@ def test_chosen_delta_is_measured_against_the_reference(finished):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="needs tensorboard")
-def test_tensorboard_receives_every_row(tiny, tmp_path):
+@pytest.mark.parametrize("again", [None, "--overwrite_output_dir", "--resume_from_checkpoint"])
+def test_tensorboard_receives_every_row_once(tiny, tmp_path, again):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    words = ["--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
-    rows = run.run(parse_config([*tiny, *words, "--report_to", "tensorboard"]))
+    words = ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--save_steps", "1"]
+    words = [*tiny, *words, "--report_to", "tensorboard"]
+    rows = run.run(parse_config(words))
+    if again:
+        where = [str(tmp_path / "out" / "checkpoint-1")] if "resume" in again else []
+        rows = run.run(parse_config([*words, again, *where]))
     events = EventAccumulator(str(tmp_path / "out" / "rpo_kernels")).Reload()
     for name in ("loss", "eval/rewards/margins", "learning_rate"):
         wanted = [(row["step"], row[name]) for row in rows if name in row]

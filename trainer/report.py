@@ -77,6 +77,8 @@ class RunLog:
             )
             for name in (METRICS_FILE, SAMPLES_FILE, PLOT_FILE):
                 (self.folder / name).unlink(missing_ok=True)
+            for events in (self.folder / PROJECT).rglob("events.out.tfevents.*"):  # TensorBoard's
+                events.unlink()
             if not earlier and self.model_folder.exists():
                 shutil.rmtree(self.model_folder)
         self._append(METRICS_FILE, self.rows)
@@ -85,12 +87,14 @@ class RunLog:
             values = dataclasses.asdict(config)
             simple = {k: v if isinstance(v, int | float) else str(v) for k, v in values.items()}
             accelerator.init_trackers(PROJECT, config=simple)
+        for row in self.rows:
+            self._track(row)
 
     def write(self, row: dict[str, float]) -> None:
         """Append one row, here and in the trackers."""
         self.rows.append(row)
         self._append(METRICS_FILE, [row])
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        self._track(row)
 
     def write_samples(self, step: int, samples: list[dict[str, str]]) -> None:
         """Append an evaluation's samples, and show a few."""
@@ -100,6 +104,10 @@ class RunLog:
         for row in rows[:SHOWN]:
             prompt, answer = (" ".join(row[name].split()) for name in ("prompt", "answer"))
             say(f"step {step}, sample: ...{prompt[-60:]} => {answer[:100]}")
+
+    def _track(self, row: dict[str, float]) -> None:
+        """Send one row to the trackers."""
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def _append(self, name: str, rows: list[dict]) -> None:
         """Append at once, so that an interrupted run keeps what it measured."""
