@@ -15,7 +15,7 @@ import yaml
 from trainer_tiny import record, save_tiny, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer import card, run
+from trainer import card, report, run
 from trainer.config import InputError
 from trainer.loading import load_tokenizer
 from trainer.recipe import parse_config
@@ -121,10 +121,12 @@ def test_tensorboard_receives_every_row_once(tiny, tmp_path, again):
         assert len(found) == 2 and found == [pytest.approx(pair, rel=1e-6) for pair in wanted]
 
 
-def test_trackers_that_are_missing_or_unknown_are_refused(tiny, monkeypatch):
+def test_trackers_that_are_missing_or_unknown_are_refused(tiny, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="report_to: expected some of tensorboard, wandb, trackio"):
         parse_config([*tiny, "--report_to", "mlflow"])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "wandb").mkdir()  # as wandb itself leaves one where it runs
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(report, "get_available_trackers", lambda: [])
     with pytest.raises(InputError, match="report_to: wandb is not installed; run: pip install wa"):
         run.run(parse_config([*tiny, "--report_to", "wandb"]))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import importlib.util
 import json
 import shutil
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import get_int_from_env
 from tqdm import tqdm
 
@@ -135,8 +135,9 @@ def check_trackers(config: RunConfig) -> None:
     Raises:
         InputError: naming the package.
     """
+    available = [str(name) for name in get_available_trackers()]
     for name in config.report_to:
-        if importlib.util.find_spec(name) is None:
+        if name not in available:
             raise InputError(f"report_to: {name} is not installed; run: pip install {name}")
 
 
