@@ -201,6 +201,27 @@ def test_only_the_second_ctrl_c_kills():
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_damaged_checkpoints_are_named_and_left_out(tiny, tmp_path, capsys):
+    folder = tmp_path / "out"
+    words = ["--max_steps", "6", "--eval_steps", "0", "--save_total_limit", "3"]
+    run.run(parse_config([*tiny, *words, "--save_steps", "2", "--output_dir", str(folder)]))
+    wanted = load_file(folder / "model" / "model.safetensors")
+    weights = folder / "checkpoint-6" / "weights" / "__0_0.distcp"
+    os.truncate(weights, 1000)
+    (folder / "checkpoint-4" / "rank-0.pt").unlink()
+    with pytest.raises(InputError, match=r"^resume_from_checkpoint: .*rank-0.pt is missing; give"):
+        resume(tiny, folder, folder / "checkpoint-4", *words)
+    resume(tiny, folder, "auto", *words)
+    said = capsys.readouterr().out
+    assert f"warning: {weights} is damaged: expected" in said and "goes on after step 2 of" in said
+    found = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for progress in folder.glob("*/progress.json"):
+        os.truncate(progress, 100)
+    with pytest.raises(InputError, match="progress.json is missing or damaged; give another check"):
+        resume(tiny, folder, "auto", *words)
+
+
 def test_the_limit_spares_what_was_just_saved(tiny, tmp_path):
     """The run goes on from an older checkpoint beside a later one."""
     folder = tmp_path / "out"

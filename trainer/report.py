@@ -38,9 +38,15 @@ def progress(items: Sequence, description: str, done: int = 0) -> tqdm:
     )
 
 
+def is_first_process() -> bool:
+    """Whether this is the main process, as its launcher says, before accelerate has started."""
+    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    return get_int_from_env(names, 0) == 0
+
+
 def say(text: str) -> None:
     """Print on the main process."""
-    if PartialState().is_main_process:
+    if is_first_process():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -139,12 +145,6 @@ def check_trackers(config: RunConfig) -> None:
     for name in config.report_to:
         if name not in available:
             raise InputError(f"report_to: {name} is not installed; run: pip install {name}")
-
-
-def is_first_process() -> bool:
-    """Whether this is the main process, as its launcher says, before accelerate has started."""
-    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-    return get_int_from_env(names, 0) == 0
 
 
 @contextlib.contextmanager
