@@ -163,7 +163,7 @@ def test_command_line(tmp_path, capsys):
     main(["winrate", file, "--output_dir", str(tmp_path / "out"), "--rename", "new=RPO"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "RPO > old 58.33" in shown and "malformed (left out): 1" in shown
-    with pytest.raises(SystemExit, match="output_dir: cannot make the folder .*: Not a directory"):
+    with pytest.raises(SystemExit, match="output_dir: cannot make or write to .*: Not a directory"):
         main(["winrate", file, "--output_dir", f"{file}/out"])
     with pytest.raises(SystemExit, match="no model is called nwe"):
         main(["winrate", file, "--output_dir", str(tmp_path / "out"), "--rename", "nwe=RPO"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from trainer_tiny import record, save_tiny, tiny_llama, write_jsonl
@@ -20,7 +21,7 @@ from trainer import run
 from trainer.config import InputError
 from trainer.recipe import parse_config
 from trainer.report import RunLog
-from trainer.stop import Stopped
+from trainer.stop import Stopped, StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
@@ -112,11 +113,21 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny, whole, tmp_path):
     assert not list(folder.glob(".checkpoint-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(tiny, whole, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize(
+    ("number", "step", "name"),
+    [
+        (signal.SIGTERM, 4, "loss"),
+        (signal.SIGINT, 4, "loss"),
+        (signal.SIGTERM, STEPS, "loss"),
+        (signal.SIGTERM, STEPS, "eval/loss"),
+    ],
+)
+def test_a_signal_saves_and_stops(tiny, whole, tmp_path, monkeypatch, number, step, name):
+    """After a step, before its evaluation; and after the last evaluation, before the model."""
+
     def write_and_send(self, row, write=RunLog.write):
         write(self, row)
-        if row["step"] == 4:
+        if row["step"] == step and name in row:
             os.kill(os.getpid(), number)
 
     words = [*tiny, "--output_dir", str(tmp_path / "out"), "--save_steps", "0"]
@@ -127,10 +138,99 @@ def test_a_signal_saves_and_stops(tiny, whole, tmp_path, monkeypatch, number):
         run.main()
     monkeypatch.undo()
     assert stop.value.code == 128 + number and signal.getsignal(number) is before
-    assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-4"]
+    assert [p.name for p in (tmp_path / "out").glob("*checkpoint*")] == [f"checkpoint-{step}"]
+    last = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["step"] == step and name in json.loads(last)
+    assert not (tmp_path / "out" / "model").exists()
     if number == signal.SIGTERM:
         resume(tiny, tmp_path / "out")
         assert same(outcome(tmp_path / "out"), outcome(whole))
+
+
+def test_sigterm_to_accelerate_launch_reaches_the_trainer(tiny, tmp_path):
+    """The launcher dies of it at once; its trainer saves, and keeps others out of the folder."""
+    folder = tmp_path / "out"
+    words = [*tiny, "--output_dir", str(folder), "--save_steps", "0", "--max_steps", "100000"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", "trainer/run.py", *words], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 4:
+        assert launcher.poll() is None, launcher.stdout.read()
+        time.sleep(0.002)
+    with pytest.raises(InputError, match=r"output_dir: another process is writing to .*out; wait"):
+        run.run(parse_config([*words, "--resume_from_checkpoint", "auto"]))
+    launcher.terminate()
+    output, _ = launcher.communicate(timeout=100)  # until the trainer closes its end, too
+    assert launcher.returncode == -signal.SIGTERM
+    (checkpoint,) = folder.glob("*checkpoint*")
+    assert f"SIGTERM: stopped; all is saved in {checkpoint}" in output
+
+
+def test_a_signal_lets_the_model_be_saved(tiny, tmp_path, monkeypatch):
+    def send_and_save(*args, save=run.save_model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*args)
+
+    monkeypatch.setattr(run, "save_model", send_and_save)
+    run.run(parse_config([*tiny, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]))
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(tiny, tmp_path):
+    words = [*tiny, "--output_dir", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "trainer/run.py", *words], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "out" / ".lock").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGINT and "Traceback" not in output
+
+
+def test_only_the_second_ctrl_c_kills():
+    outside = signal.getsignal(signal.SIGINT)
+    with StopSignal(Accelerator(cpu=True)) as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            assert signal.getsignal(number) != outside
+            os.kill(os.getpid(), number)
+        assert stop.received() == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) == outside
+
+
+def test_damaged_checkpoints_are_named_and_left_out(tiny, tmp_path, capsys):
+    folder = tmp_path / "out"
+    words = ["--max_steps", "6", "--eval_steps", "0", "--save_total_limit", "3"]
+    run.run(parse_config([*tiny, *words, "--save_steps", "2", "--output_dir", str(folder)]))
+    wanted = load_file(folder / "model" / "model.safetensors")
+    weights = folder / "checkpoint-6" / "weights" / "__0_0.distcp"
+    os.truncate(weights, 1000)
+    (folder / "checkpoint-4" / "rank-0.pt").unlink()
+    with pytest.raises(InputError, match=r"^resume_from_checkpoint: .*rank-0.pt is missing; give"):
+        resume(tiny, folder, folder / "checkpoint-4", *words)
+    resume(tiny, folder, "auto", *words)
+    said = capsys.readouterr().out
+    assert f"warning: {weights} is damaged: expected" in said and "goes on after step 2 of" in said
+    found = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for progress in folder.glob("*/progress.json"):
+        os.truncate(progress, 100)
+    with pytest.raises(InputError, match="progress.json is missing or damaged; give another check"):
+        resume(tiny, folder, "auto", *words)
+
+
+def test_the_limit_spares_what_was_just_saved(tiny, tmp_path):
+    """The run goes on from an older checkpoint beside a later one."""
+    folder = tmp_path / "out"
+    words = ["--max_steps", "4", "--save_steps", "2", "--eval_steps", "0"]
+    run.run(parse_config([*tiny, *words, "--output_dir", str(folder)]))
+    words += ["--save_steps", "3", "--save_total_limit", "1"]
+    resume(tiny, folder, folder / "checkpoint-2", *words)
+    assert [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-3"]
 
 
 def test_a_checkpoint_goes_on_in_another_folder_and_another_split(tiny, whole, tmp_path):

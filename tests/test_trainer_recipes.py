@@ -72,3 +72,14 @@ def test_cosine_ends_where_it_should():
         schedule.step()
     assert rates[0] == 0 and max(rates) == rates[2] == pytest.approx(1e-3)
     assert schedule.get_last_lr()[0] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(("ratio", "rates"), [(0.1, [1.0]), (0.1, [0.0, 1.0]), (1.0, [0, 0.5, 1])])
+def test_warm_up_leaves_a_step_with_the_whole_rate(ratio, rates):
+    config = tiny_config(learning_rate=1.0, warmup_ratio=ratio)
+    optimizer = make_optimizer(torch.nn.Linear(2, 2), config)
+    schedule = make_schedule(optimizer, config, len(rates))
+    for rate in rates:
+        assert schedule.get_last_lr() == [rate]
+        optimizer.step()
+        schedule.step()

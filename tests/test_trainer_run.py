@@ -15,7 +15,7 @@ import yaml
 from trainer_tiny import record, save_tiny, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer import card, run
+from trainer import card, report, run
 from trainer.config import InputError
 from trainer.loading import load_tokenizer
 from trainer.recipe import parse_config
@@ -104,11 +104,16 @@ def test_chosen_delta_is_measured_against_the_reference(finished):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="needs tensorboard")
-def test_tensorboard_receives_every_row(tiny, tmp_path):
+@pytest.mark.parametrize("again", [None, "--overwrite_output_dir", "--resume_from_checkpoint"])
+def test_tensorboard_receives_every_row_once(tiny, tmp_path, again):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    words = ["--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
-    rows = run.run(parse_config([*tiny, *words, "--report_to", "tensorboard"]))
+    words = ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--save_steps", "1"]
+    words = [*tiny, *words, "--report_to", "tensorboard"]
+    rows = run.run(parse_config(words))
+    if again:
+        where = [str(tmp_path / "out" / "checkpoint-1")] if "resume" in again else []
+        rows = run.run(parse_config([*words, again, *where]))
     events = EventAccumulator(str(tmp_path / "out" / "rpo_kernels")).Reload()
     for name in ("loss", "eval/rewards/margins", "learning_rate"):
         wanted = [(row["step"], row[name]) for row in rows if name in row]
@@ -116,10 +121,12 @@ def test_tensorboard_receives_every_row(tiny, tmp_path):
         assert len(found) == 2 and found == [pytest.approx(pair, rel=1e-6) for pair in wanted]
 
 
-def test_trackers_that_are_missing_or_unknown_are_refused(tiny, monkeypatch):
+def test_trackers_that_are_missing_or_unknown_are_refused(tiny, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="report_to: expected some of tensorboard, wandb, trackio"):
         parse_config([*tiny, "--report_to", "mlflow"])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "wandb").mkdir()  # as wandb itself leaves one where it runs
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(report, "get_available_trackers", lambda: [])
     with pytest.raises(InputError, match="report_to: wandb is not installed; run: pip install wa"):
         run.run(parse_config([*tiny, "--report_to", "wandb"]))
 
@@ -193,8 +200,8 @@ def test_a_finished_run_is_not_replaced_unasked(finished, tiny):
         run.run(parse_config([*tiny, "--output_dir", str(folder)]))
     assert read_metrics(folder) == rows
     for place in (folder / "config.yaml", folder / "config.yaml" / "out"):
-        with pytest.raises(InputError, match="output_dir: cannot make the folder .*config.yaml"):
-            run.check(parse_config([*tiny, "--output_dir", str(place)]))
+        with pytest.raises(InputError, match="output_dir: cannot make or write .*config.yaml"):
+            run.run(parse_config([*tiny, "--output_dir", str(place)]))
 
 
 def test_a_replaced_run_leaves_nothing_behind(finished, tiny, tmp_path, monkeypatch):
@@ -208,7 +215,7 @@ def test_a_replaced_run_leaves_nothing_behind(finished, tiny, tmp_path, monkeypa
     with pytest.raises(SystemExit, match="killed"):
         run.run(parse_config(words))
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "data_report.json", "metrics.jsonl",
+        ".lock", "config.yaml", "data_report.json", "metrics.jsonl",
     }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     output_dir/checkpoint-12/
         progress.json    step, rows of metrics and samples so far, steps not yet in a row,
-                         fingerprint
+                         fingerprint, sizes of the other files
         weights/         model and optimizer; every rank writes its part, any number can read them
         rank-0.pt, ...   schedule, float16's loss scale, random states of each process
 
@@ -39,6 +39,7 @@ from trainer.model import PreferenceModel
 from trainer.packing import Step
 from trainer.pairs import Split
 from trainer.ref_cache import data_key, weights_key
+from trainer.report import say
 
 # Said at every save of a single process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -61,28 +62,38 @@ PLAN = "per_device_train_batch_size * gradient_accumulation_steps * processes"
 def find_checkpoint(config: RunConfig) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` means; None starts from the beginning.
 
+    Where it means `auto`, the newest that is not damaged.
+
     Raises:
-        InputError: there is no complete checkpoint, or it was written with other fields.
+        InputError: it is damaged or none, or was written with other fields.
     """
     if config.resume_from_checkpoint == "auto":
         found = _checkpoints(Path(config.output_dir))
-        if not found:
-            return None
-        folder = found[-1]
     elif config.resume_from_checkpoint:
-        folder = Path(config.resume_from_checkpoint)
-        if not (folder / PROGRESS_FILE).is_file():
+        found = [Path(config.resume_from_checkpoint)]
+        if not (found[0] / PROGRESS_FILE).is_file():
             raise InputError(
-                f"resume_from_checkpoint: expected auto or a folder checkpoint-N, got {folder}"
+                f"resume_from_checkpoint: expected auto or a folder checkpoint-N, got {found[0]}"
             )
     else:
         return None
-    check_fingerprint(folder, _fields(config))
-    return folder
+    if not found:
+        return None
+    damaged = {folder: damage for folder in found if (damage := _damage(folder))}
+    whole = [folder for folder in found if folder not in damaged]
+    if not whole:
+        raise InputError(
+            f"resume_from_checkpoint: {damaged[found[-1]]}; give another checkpoint, "
+            "or start a new run without resume_from_checkpoint"
+        )
+    for damage in damaged.values():
+        say(f"warning: {damage}; this checkpoint is left out")
+    check_fingerprint(whole[-1], _fields(config))
+    return whole[-1]
 
 
 def read_progress(folder: Path) -> dict[str, object]:
-    """`step`, `rows`, `samples`, `window` and `fingerprint` of a checkpoint."""
+    """`step`, `rows`, `samples`, `window`, `fingerprint` and `files` of a checkpoint."""
     return json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
 
 
@@ -136,7 +147,7 @@ def save(
     limit: int | None,
     accelerator: Accelerator,
 ) -> Path:
-    """Write `folder`/checkpoint-STEP on all ranks, then remove all but the newest `limit`."""
+    """Write `folder`/checkpoint-STEP on all ranks; of the others stay the newest `limit` - 1."""
     target = folder / f"checkpoint-{training.step}"
     draft = folder / f".{target.name}"
     if accelerator.is_main_process:
@@ -158,6 +169,11 @@ def save(
             "samples": training.log.samples,
             "window": training.window,
             "fingerprint": fingerprint,
+            "files": {
+                str(path.relative_to(draft)): path.stat().st_size
+                for path in draft.rglob("*")
+                if path.is_file()
+            },
         }
         (draft / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
         for path in [*draft.rglob("*"), draft]:
@@ -166,7 +182,8 @@ def save(
             _remove(target)
         draft.rename(target)
         _flush(folder)
-        for old in _checkpoints(folder)[: -limit if limit else 0]:
+        others = [path for path in _checkpoints(folder) if path != target]  # some may be later
+        for old in others[: max(0, len(others) + 1 - limit)] if limit else []:
             _remove(old)
     accelerator.wait_for_everyone()
     return target
@@ -218,9 +235,25 @@ def _fields(config: RunConfig) -> dict[str, object]:
     return json.loads(json.dumps({k: v for k, v in values.items() if k not in FREE}))
 
 
+def _damage(folder: Path) -> str | None:
+    """The first file of a checkpoint that is missing or was cut since, in words."""
+    try:
+        sizes = dict(read_progress(folder)["files"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return f"{folder / PROGRESS_FILE} is missing or damaged"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} is damaged: expected {size} bytes, got {path.stat().st_size}"
+    return None
+
+
 def _checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest step first."""
-    numbers = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    """Checkpoints that were written whole, oldest step first."""
+    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    numbers = [path.name.removeprefix("checkpoint-") for path in folders]
     return [folder / f"checkpoint-{n}" for n in sorted(int(n) for n in numbers if n.isdigit())]
 
 

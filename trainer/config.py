@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import tempfile
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,13 +223,17 @@ def open_folder(output_dir: str) -> Path:
     """The output folder, created if need be.
 
     Raises:
-        InputError: it cannot be made, or is a file.
+        InputError: it cannot be made or written, or is a file.
     """
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(f"output_dir: cannot make the folder {folder}: {error.strerror}") from None
+        raise InputError(
+            f"output_dir: cannot make or write to the folder {folder}: {error.strerror}; "
+            "choose another one"
+        ) from None
     return folder
 
 

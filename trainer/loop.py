@@ -133,8 +133,9 @@ def train(
     accelerator: Accelerator,
     evaluate_now: Callable[[], None],
     save_now: Callable[[], Path],
+    stop: StopSignal,
 ) -> None:
-    """Take the plan's remaining steps, and log them.
+    """Take the plan's remaining steps, log and evaluate them.
 
     Args:
         training: what the steps change.
@@ -142,30 +143,43 @@ def train(
         steps: the plan of the whole run.
         config: clipping and intervals.
         accelerator: gives rank, device and the reductions over ranks.
-        evaluate_now: called every `eval_steps` but not after the last step.
+        evaluate_now: called every `eval_steps` and after the last step.
         save_now: writes a checkpoint; called every `save_steps`, and before stopping.
+        stop: asked after every step, before its evaluation, and after the last evaluation.
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite.
         Stopped: SIGTERM or Ctrl-C came; the checkpoint is written.
     """
-    last = len(steps)
+    last, folder = len(steps), None
     bar = progress(steps, "training", training.step)
-    with StopSignal(accelerator) as stop:
-        for step in steps[training.step :]:
-            take_step(training, split, step, config, accelerator)
-            if training.step % config.logging_steps == 0 or training.step == last:
-                training.log.write({"step": training.step} | mean_row(training.window))
-                training.window.clear()
-                bar.set_postfix(shown(training.log.rows[-1]), refresh=False)
-            bar.update()
-            if (every := config.eval_steps) and training.step % every == 0 < last - training.step:
-                evaluate_now()
-            saved = config.save_steps and training.step % config.save_steps == 0
-            folder = save_now() if saved else None
-            if (number := stop.received()) and training.step < last:
-                raise Stopped(number, folder or save_now())
+    for step in steps[training.step :]:
+        take_step(training, split, step, config, accelerator)
+        if training.step % config.logging_steps == 0 or training.step == last:
+            training.log.write({"step": training.step} | mean_row(training.window))
+            training.window.clear()
+            bar.set_postfix(shown(training.log.rows[-1]), refresh=False)
+        bar.update()
+        if number := stop.received():
+            raise Stopped(number, save_now())
+        if owes_evaluation(training, config, last):
+            evaluate_now()
+        saved = config.save_steps and training.step % config.save_steps == 0
+        folder = save_now() if saved else None
     bar.close()
+    if number := stop.received():
+        raise Stopped(number, folder or save_now())
+
+
+def owes_evaluation(training: Training, config: RunConfig, last: int) -> bool:
+    """Whether an evaluation belongs here and is not among the rows.
+
+    It belongs to step 0, every `eval_steps` and the step `last`; a run that was stopped leaves it
+    to the one that goes on.
+    """
+    step, every = training.step, config.eval_steps
+    done = any(row["step"] == step and "eval/loss" in row for row in training.log.rows)
+    return not done and (step in (0, last) or bool(every) and step % every == 0)
 
 
 def take_step(

@@ -78,8 +78,8 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: RunConfig, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate over `steps` steps, warm-up included."""
-    warmup = math.ceil(config.warmup_ratio * steps)
+    """The learning rate over `steps` steps, warm-up included, whose first has none."""
+    warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
     if config.min_lr_rate:
         how = {"min_lr_rate": config.min_lr_rate}
         return get_scheduler("cosine_with_min_lr", optimizer, warmup, steps, how)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib.util
+import fcntl
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import get_int_from_env
 from tqdm import tqdm
 
 from trainer.config import InputError, RunConfig, open_folder
@@ -18,6 +21,7 @@ from trainer.config import InputError, RunConfig, open_folder
 METRICS_FILE, SAMPLES_FILE, CONFIG_FILE, DATA_FILE, PLOT_FILE, MODEL_FOLDER = (
     "metrics.jsonl", "samples.jsonl", "config.yaml", "data_report.json", "logps.png", "model"
 )  # fmt: skip
+LOCK_FILE = ".lock"
 SHOWN = 3  # samples on the console at each evaluation, and in the model card
 
 PROJECT = "rpo_kernels"  # what trackers call the place of all runs
@@ -34,9 +38,15 @@ def progress(items: Sequence, description: str, done: int = 0) -> tqdm:
     )
 
 
+def is_first_process() -> bool:
+    """Whether this is the main process, as its launcher says, before accelerate has started."""
+    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    return get_int_from_env(names, 0) == 0
+
+
 def say(text: str) -> None:
     """Print on the main process."""
-    if PartialState().is_main_process:
+    if is_first_process():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -73,6 +83,8 @@ class RunLog:
             )
             for name in (METRICS_FILE, SAMPLES_FILE, PLOT_FILE):
                 (self.folder / name).unlink(missing_ok=True)
+            for events in (self.folder / PROJECT).rglob("events.out.tfevents.*"):  # TensorBoard's
+                events.unlink()
             if not earlier and self.model_folder.exists():
                 shutil.rmtree(self.model_folder)
         self._append(METRICS_FILE, self.rows)
@@ -81,12 +93,14 @@ class RunLog:
             values = dataclasses.asdict(config)
             simple = {k: v if isinstance(v, int | float) else str(v) for k, v in values.items()}
             accelerator.init_trackers(PROJECT, config=simple)
+        for row in self.rows:
+            self._track(row)
 
     def write(self, row: dict[str, float]) -> None:
         """Append one row, here and in the trackers."""
         self.rows.append(row)
         self._append(METRICS_FILE, [row])
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        self._track(row)
 
     def write_samples(self, step: int, samples: list[dict[str, str]]) -> None:
         """Append an evaluation's samples, and show a few."""
@@ -96,6 +110,10 @@ class RunLog:
         for row in rows[:SHOWN]:
             prompt, answer = (" ".join(row[name].split()) for name in ("prompt", "answer"))
             say(f"step {step}, sample: ...{prompt[-60:]} => {answer[:100]}")
+
+    def _track(self, row: dict[str, float]) -> None:
+        """Send one row to the trackers."""
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def _append(self, name: str, rows: list[dict]) -> None:
         """Append at once, so that an interrupted run keeps what it measured."""
@@ -123,22 +141,47 @@ def check_trackers(config: RunConfig) -> None:
     Raises:
         InputError: naming the package.
     """
+    available = [str(name) for name in get_available_trackers()]
     for name in config.report_to:
-        if importlib.util.find_spec(name) is None:
+        if name not in available:
             raise InputError(f"report_to: {name} is not installed; run: pip install {name}")
 
 
+@contextlib.contextmanager
+def only_writer(output_dir: str) -> Iterator[None]:
+    """Inside, the output folder exists, can be written, and no other run writes to it.
+
+    Raises:
+        InputError: it cannot be made or written, or another process runs in it.
+    """
+    folder = open_folder(output_dir)
+    if not is_first_process():
+        yield
+        return
+    with (folder / LOCK_FILE).open("w") as lock:  # closing it, or the process's end, unlocks
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"output_dir: another process is writing to {folder}; wait until it has ended, "
+                "or choose another one"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def check_output_dir(config: RunConfig, checkpoint: Path | None) -> None:
-    """Make the folder, and refuse to replace an earlier run unasked.
+    """Refuse to replace an earlier run unasked.
 
     The folder of the checkpoint to go on from is no earlier run, nor, for `auto`, is one that was
     stopped before its first checkpoint.
 
     Raises:
         InputError: the folder holds a run and `overwrite_output_dir` is off, or a model that this
-            one starts from, or it cannot be made.
+            one starts from.
     """
-    folder = open_folder(config.output_dir)
+    folder = Path(config.output_dir)
     metrics, model = folder / METRICS_FILE, folder / MODEL_FOLDER
     resuming = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     if resuming or (config.resume_from_checkpoint == "auto" and not model.exists()):

@@ -9,6 +9,7 @@ python trainer/run.py --help                                      every field
 import ctypes
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not __package__:  # run as a script: import from the repository, not from this folder
     folder = Path(__file__).resolve().parent
     sys.path[:] = [str(folder.parent), *(p for p in sys.path if Path(p or ".").resolve() != folder)]
+
+if __name__ == "__main__":
+    # Ctrl-C kills without a traceback, except while `StopSignal` waits for a checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+        # SIGTERM ends `accelerate launch` alone: the kernel then sends it to this process, too.
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -32,7 +40,7 @@ from trainer.config import InputError, RunConfig
 from trainer.encoding import encode_rows, use_chat_template
 from trainer.fit import check_answers, check_fit
 from trainer.loading import check_layers, load_model, load_tokenizer, locate_model, save_model
-from trainer.loop import Training, evaluate, evaluation_step, train
+from trainer.loop import Training, evaluate, evaluation_step, owes_evaluation, train
 from trainer.model import PreferenceModel, check_model, compile_layers, loss_options
 from trainer.optimizer import check_optimizer, make_optimizer, make_schedule
 from trainer.packing import Step, plan_training, regroup, share_prefixes
@@ -41,12 +49,20 @@ from trainer.recipe import parse_config
 from trainer.reference import Reference, check_reference
 from trainer.samples import first_prompts, take_samples
 from trainer.sources import read_splits
-from trainer.stop import Stopped
+from trainer.stop import Stopped, StopSignal
 from trainer.truncation import Limits
 
 
 def run(config: RunConfig) -> list[dict[str, float]]:
     """Run a config from files to a saved model; returns the rows of `metrics.jsonl`."""
+    if config.dry_run:
+        return run_alone(config)
+    with report.only_writer(config.output_dir):
+        return run_alone(config)
+
+
+def run_alone(config: RunConfig) -> list[dict[str, float]]:
+    """`run`, once no other process writes to `output_dir`."""
     started = time.perf_counter()
     resumed = check(config)
     sharding = distributed.take_request(config)
@@ -89,11 +105,12 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     if resumed:
         checkpoint.load(training, resumed, accelerator)
         report.say(f"goes on after step {training.step} of {len(plans['train'])}, from {resumed}")
-    else:
+    if owes_evaluation(training, config, len(plans["train"])):
         evaluate_now()
-    train(training, splits["train"], plans["train"], config, accelerator, evaluate_now, save_now)
-    evaluate_now()
-    finish(training, tokenizer, config, started, accelerator)
+    todo = (training, splits["train"], plans["train"])
+    with StopSignal(accelerator) as stop:
+        train(*todo, config, accelerator, evaluate_now, save_now, stop)
+        finish(training, tokenizer, config, started, accelerator)
     return log.rows
 
 

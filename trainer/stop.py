@@ -19,7 +19,10 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Inside, the first SIGTERM or Ctrl-C is only noted; the second acts as it would outside."""
+    """Inside, SIGTERM and the first Ctrl-C are only noted; the second Ctrl-C kills.
+
+    SIGTERM may come more than once: from a scheduler, a launcher, and when the launcher dies.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.number = accelerator, 0
@@ -32,15 +35,13 @@ class StopSignal:
         return self
 
     def _note(self, number: int, _: object) -> None:
-        self.number = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.number = self.number or number
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def received(self) -> int:
         """The signal's number on every rank as soon as any rank got one, else 0."""
