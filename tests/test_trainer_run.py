@@ -212,6 +212,25 @@ def test_a_replaced_run_leaves_nothing_behind(finished, tiny, tmp_path, monkeypa
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--use_peft", "--lora_target_modules", "q_projj"], "no module is called q_projj"),
+        (["--use_peft", "--lora_modules_to_save", "embed_tokens"], "embedding are one weight"),
+        (["--ref_cache_dir", "{file}"], "ref_cache_dir: "),
+    ],
+)
+def test_a_run_that_is_refused_replaces_nothing(finished, tiny, tmp_path, words, message):
+    folder = shutil.copytree(finished[0], tmp_path / "out")
+    (folder / "checkpoint-6").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    words = [word.format(file=folder / "config.yaml") for word in words]
+    words = [*tiny, "--output_dir", str(folder), "--overwrite_output_dir", *words]
+    with pytest.raises(InputError, match=message):
+        run.run(parse_config(words))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
 @pytest.mark.parametrize("name", ["model_name_or_path", "ref_model_name_or_path"])
 def test_a_model_that_the_run_starts_from_is_not_replaced(finished, tiny, name):
     folder = finished[0]

@@ -35,8 +35,6 @@ def show(
         tokenizer: decodes the samples.
         splits, plans: what would be trained on and evaluated, and in which steps.
     """
-    for name, split in splits.items():
-        say(f"{name:<5} {', '.join(f'{key} {value}' for key, value in split.report.items())}")
     for number, pair in enumerate(splits["train"].pairs[:SAMPLES], 1):
         for side in ("chosen", "rejected"):
             text = marked(getattr(pair, side), tokenizer)
