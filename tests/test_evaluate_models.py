@@ -205,11 +205,15 @@ def test_commands(tmp_path, folders, capsys):
         (["--models", "a=x", "a=y"], "models: expected different names, got 'a' twice"),
         (
             ["--models", "a=x", "--temperature", "nan"],
-            "temperature: expected a number >= 0, got nan",
+            r"temperature: expected 0 .greedy. or a number >= 1e-06, got nan",
         ),
+        (["--models", "a=x", "--temperature", "1e-40"], "temperature: expected 0 .*, got 1e-40"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(["generate", "--prompts", pairs, *words, *out])
+    with pytest.raises(SystemExit, match="beta: expected a finite number >= 1e-09, got inf"):
+        main(["score", "--data", pairs, "--models", f"ref={reference}", "--reference", reference,
+              *out, "--beta", "inf"])  # fmt: skip
     with pytest.raises(SystemExit):
         main(["generate", "--prompts", pairs, "--models", "a=x", *out, "--seed", str(10**18)])
     assert "--seed: expected an integer in [0, 2^32), got '1000" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("scipy", reason="pip install 'rpo-kernels[eval]'")
 
+from trainer.experiments import bandit  # noqa: E402
 from trainer.experiments.bandit import Setting, draw_pairs, grid, train, true_reward  # noqa: E402
 from trainer.experiments.bandit_report import by_setting, claim, report  # noqa: E402
 from trainer.experiments.maximin import (  # noqa: E402
@@ -84,7 +85,7 @@ def test_pairs_are_of_the_covered_part_and_mostly_right():
 def test_report(tmp_path, outcome):
     settings = CELL + [Setting(0.1, eta, 1.0) for eta in (0.0, 1.0)]
     seeds = list(range(6))
-    text = report(settings, seeds, train(settings, seeds, steps=40), str(tmp_path))
+    text = report(settings, seeds, train(settings, seeds, steps=40), tmp_path)
     assert "best eta" in text
     written = json.loads((tmp_path / "bandit.json").read_text())
     assert len(written["settings"]) == 6 and len(written["claims"]) == 2
@@ -101,6 +102,15 @@ def test_command(tmp_path, monkeypatch, capsys):
         runpy.run_module("trainer.experiments.bandit", run_name="__main__")
     assert "Bonferroni" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "bandit.json").read_text())["settings"]) == 90
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_training(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(bandit, "train", None)
+    monkeypatch.setattr(sys, "argv", ["bandit", "--output_dir", str(tmp_path / "file")])
+    with pytest.raises(SystemExit):
+        bandit.main()
+    assert "error: output_dir: cannot make" in capsys.readouterr().err
 
 
 def test_eta_is_chosen_on_other_seeds_than_those_tested(outcome):

@@ -109,3 +109,11 @@ def test_a_model_without_right_answers_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(displacement, "QUESTIONS", 4)
     with pytest.raises(RuntimeError, match="no question"):
         displacement.sample_pairs(Source(str(tmp_path / "tiny")), 2)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["displacement", "--output_dir", str(tmp_path / "file")])
+    with pytest.raises(SystemExit):
+        displacement.main()
+    assert "error: output_dir: cannot make" in capsys.readouterr().err

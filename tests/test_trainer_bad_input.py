@@ -263,6 +263,7 @@ BAD = [
     # Recipes.
     (recipe, "betta: 0.1\n", "bad.yaml: unknown key 'betta'; did you mean 'beta'?"),
     (recipe, "beta: [\n", "bad.yaml: not valid YAML"),
+    (recipe, "beta: 0.1\neta: 1\nbeta: 0.9\n", "bad.yaml: beta is given 2 times; keep one of"),
     (recipe, "- beta\n", "bad.yaml: expected 'field: value' lines, got list"),
     (recipe, "beta: 0.1\n", "no value; give it in the recipe or as --model_name_or_path"),
     (
@@ -275,6 +276,8 @@ BAD = [
     (data_file, ("rows.txt", b"a,b\n"), "expected a .jsonl, .parquet or .csv file, got .txt"),
     (data_file, ("rows.csv", b"\xff\n"), "not a readable CSV file"),
     (data_file, ("rows.parquet", b"no parquet"), "not a readable Parquet file"),
+    (data_file, ("rows.json", b'\n[{"prompt": "a"}]\n'), "rows.json: expected one JSON object a l"),
+    (data_file, ("rows.jsonl", b"[\n{}\n]\n"), "one a line, as jq -c '.[]' does"),
     (data_file, ("empty.jsonl", b"\n"), "no usable preference pair"),
     # Rows.
     (row, b"{not json", "not valid JSON: Expecting property name"),

@@ -306,3 +306,16 @@ def test_adapters_go_on_bit_for_bit_without_the_frozen_layers(tiny, tmp_path):
     weights = [name for name in names.state_dict_metadata if name.startswith("model.")]
     layers = [name for name in weights if ".layers." in name]
     assert layers and all("lora_" in name for name in layers)
+
+
+def test_dropout_is_drawn_by_pass_so_its_run_keeps_its_split(tiny, tmp_path):
+    words = [*tiny, "--use_peft", "true", "--max_steps", "2", "--save_steps", "1"]
+    words += ["--lora_dropout", "0.5"]
+    run.run(parse_config([*words, "--output_dir", str(tmp_path / "a")]))
+    split = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    where = tmp_path / "b", tmp_path / "a" / "checkpoint-1"
+    with pytest.raises(InputError, match=r"processes \(lora_dropout draws .*written"):
+        resume(words, *where, *split)
+    resume(words, *where)
+    a, b = (load_file(tmp_path / x / "model" / "adapter_model.safetensors") for x in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

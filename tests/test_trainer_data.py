@@ -177,6 +177,20 @@ def trained_text(sequence, tokenizer):
     return tokenizer.decode(sequence.labels[sequence.labels != IGNORE])
 
 
+@pytest.mark.parametrize("after", ["", "\n", "<|im_start|> <|im_end|>"])
+def test_a_call_that_the_template_leaves_out_is_a_bad_row(after):
+    """Else the model would learn to say nothing."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    tool = {"role": "tool", "content": "2"}
+    tokenizer = tiny_tokenizer(CHATML.replace("<|im_end|>", f"{after}<|im_end|>", 1))
+    message = "f:1: nothing to train on: the chat template makes .* shows its tool_calls"
+    for chosen in ([call], [call, tool, *ANSWER], [*ANSWER, tool, call]):
+        with pytest.raises(InputError, match=message):
+            encode({"prompt": USER, "chosen": chosen, "rejected": ANSWER}, tokenizer=tokenizer)
+    said = [call | {"content": "let me add"}, tool, *ANSWER]
+    assert encode({"prompt": USER, "chosen": said, "rejected": ANSWER}, tokenizer=tokenizer)
+
+
 def test_only_the_response_and_its_end_are_trained_on():
     tokenizer = tiny_tokenizer()
     chosen = encode(TALK).chosen

@@ -150,6 +150,27 @@ def test_sharding_that_is_asked_for_but_not_done_is_an_error(
         distributed.check_sharded(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("how", [None, "zero3"])
+@pytest.mark.parametrize(
+    ("variable", "neutral", "value", "message"),
+    [
+        ("GRADIENT_ACCUMULATION_STEPS", "1", "4", "gradient_accumulation_steps: expected 1, got 4"),
+        ("DYNAMO_BACKEND", "NO", "INDUCTOR", "dynamo_backend: expected no, got inductor"),
+    ],
+)
+def test_what_accelerate_would_do_beside_the_recipe_is_refused(
+    monkeypatch, how, variable, neutral, value, message
+):
+    if how:
+        monkeypatch.setenv(distributed.REQUESTS[how], "true")
+    else:
+        monkeypatch.setenv(f"ACCELERATE_{variable}", neutral)
+        assert distributed.take_request(tiny_config()) is None
+    monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    with pytest.raises(InputError, match=f"^accelerate's {message}; set it in its file"):
+        distributed.take_request(tiny_config())
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

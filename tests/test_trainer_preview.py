@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
-from trainer_tiny import record, save_tiny, tiny_split, tiny_tokenizer, write_jsonl
+from trainer_tiny import SIZES, record, save_tiny, tiny_split, tiny_tokenizer, write_jsonl
+from transformers import AutoConfig
 
 from trainer import run
+from trainer.config import InputError
 from trainer.preview import histogram, marked, memory_plan, steps_plan
 from trainer.recipe import parse_config
 
@@ -58,11 +60,49 @@ def test_a_dry_run_prints_and_ends(words, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl"]
 
 
-def test_adapters_leave_the_weights_without_gradients(words):
-    split, config = tiny_split(8), parse_config([*words, "--use_peft"])
-    plan = run.plan(config, {"train": split}, ranks=1)["train"]
-    text = memory_plan(config, config.model_name_or_path, split, plan)
-    assert "GiB (float32), gradients and state of adamw_torch for the adapters only" in text
+@pytest.fixture
+def memory(words, tmp_path):
+    """``memory(*words)`` is the memory plan of a wide untied model without weights."""
+    wide = {"vocab_size": 4096, "hidden_size": 1024, "num_hidden_layers": 1}
+    AutoConfig.for_model("llama", **SIZES | wide, tie_word_embeddings=False).save_pretrained(
+        tmp_path / "wide"
+    )
+
+    small = ["--max_workspace_mb", "0.2"]
+
+    def memory(*own):
+        config = parse_config(
+            [*words, "--model_name_or_path", str(tmp_path / "wide"), *small, *own]
+        )
+        split = tiny_split(8)
+        plan = run.plan(config, {"train": split}, ranks=1)["train"]
+        return memory_plan(config, config.model_name_or_path, split, plan)
+
+    return memory
+
+
+def test_memory_is_that_of_what_is_trained_and_of_what_stands_beside_it(memory):
+    """GiB of weights, gradients, state: 11.7 M weights in all, 4.2 M in lm_head."""
+    adapters = ["--use_peft", "--lora_target_modules", "q_proj", "--lora_r", "256"]
+    adapter = (1024 + 1024) * 256
+    whole = 2 * 4096 * 1024 + 1024 * (2 * 1024 + 2 * 512 + 3 * 64) + 3 * 1024
+    for own, copy in ([], 0), (["--lora_modules_to_save", "lm_head"], 4096 * 1024):
+        trained, gib = adapter + copy, 4 / 2**30
+        text = memory(*adapters, *own)
+        assert (
+            f"{(whole + trained) / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained: weights "
+            f"{(whole + trained) * gib:.2f} GiB (float32), gradients {trained * gib:.2f} GiB, "
+            f"state of adamw_torch {2 * trained * gib:.2f} GiB\n  head"
+        ) in text
+    head = [line for line in memory(*adapters).splitlines() if "MiB streaming" in line]
+    assert len(head) == 1 and head[0] not in text  # a head that is trained has a gradient
+    beside = f"\n  reference: weights {whole * gib:.2f} GiB\n"
+    assert beside in memory("--reference", "online")
+    nowhere = ["--ref_model_name_or_path", "./nowhere"]
+    with pytest.raises(InputError, match="^ref_model_name_or_path: no config in ./nowhere"):
+        memory("--reference", "online", *nowhere)
+    with pytest.raises(InputError, match="lora_target_modules: no module is called q_projj"):
+        memory("--use_peft", "--lora_target_modules", "q_projj")
 
 
 def test_the_largest_step_and_pass_are_counted(words):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from trainer_tiny import record, save_tiny, write_jsonl
+from trainer_tiny import GOOD, record, save_tiny, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import card, report, run
@@ -219,6 +219,25 @@ def test_a_replaced_run_leaves_nothing_behind(finished, tiny, tmp_path, monkeypa
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--use_peft", "--lora_target_modules", "q_projj"], "no module is called q_projj"),
+        (["--use_peft", "--lora_modules_to_save", "embed_tokens"], "embedding are one weight"),
+        (["--ref_cache_dir", "{file}"], "ref_cache_dir: "),
+    ],
+)
+def test_a_run_that_is_refused_replaces_nothing(finished, tiny, tmp_path, words, message):
+    folder = shutil.copytree(finished[0], tmp_path / "out")
+    (folder / "checkpoint-6").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    words = [word.format(file=folder / "config.yaml") for word in words]
+    words = [*tiny, "--output_dir", str(folder), "--overwrite_output_dir", *words]
+    with pytest.raises(InputError, match=message):
+        run.run(parse_config(words))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
 @pytest.mark.parametrize("name", ["model_name_or_path", "ref_model_name_or_path"])
 def test_a_model_that_the_run_starts_from_is_not_replaced(finished, tiny, name):
     folder = finished[0]
@@ -238,6 +257,17 @@ def test_skipped_rows_are_reported(tiny, tmp_path):
     assert [row["step"] for row in rows if "loss" in row] == [2]
     report = json.loads((tmp_path / "out" / "data_report.json").read_text())
     assert report["train"]["bad_rows"] == {"missing field": 1} and report["train"]["pairs"] == 2
+
+
+def test_held_out_data_of_which_nothing_is_left_is_named(tiny, tmp_path):
+    held_out = write_jsonl(tmp_path / "long.jsonl", [GOOD | {"prompt": "2" * 300}])
+    words = ["--eval_file", held_out, "--truncation_mode", "drop", "--max_length", "256"]
+    with pytest.raises(InputError, match="no usable preference pair in the held-out data .{'longe"):
+        run.run(parse_config([*tiny, *words, "--output_dir", str(tmp_path / "out")]))
+    (tmp_path / "empty.jsonl").touch()
+    words = ["--eval_file", str(tmp_path / "empty.jsonl"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="no usable preference pair in the held-out data$"):
+        run.run(parse_config([*tiny, *words]))
 
 
 def test_accelerate_launch(tiny, tmp_path):

@@ -46,7 +46,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 PROGRESS_FILE, WEIGHTS_FOLDER = "progress.json", "weights"
 # Fields that may differ on resuming: they change no number of the run, or what they change (tokens,
-# pairs of each step) is in the fingerprint.
+# pairs of each step, with dropout its passes) is in the fingerprint.
 FREE = frozenset(
     (
         "train_file", "eval_file", "on_bad_row", "per_device_train_batch_size",
@@ -57,6 +57,10 @@ FREE = frozenset(
     )
 )  # fmt: skip
 PLAN = "per_device_train_batch_size * gradient_accumulation_steps * processes"
+PASSES = (
+    "per_device_train_batch_size, gradient_accumulation_steps, max_tokens_per_batch, processes "
+    "(lora_dropout draws anew in every pass)"
+)
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
@@ -113,7 +117,9 @@ def fingerprint(
         steps: the plan of training.
         models: what each field loaded, known by its weights.
     """
-    order = json.dumps([sorted(step.indices) for step in steps])
+    plan = {PLAN: _digest([sorted(step.indices) for step in steps])}
+    if config.lora_dropout:
+        plan[PASSES] = _digest([step.micro_batches for step in steps])
     data = {
         f"{name}_file": data_key(splits[name].pairs) if name in splits else None
         for name in ("train", "eval")
@@ -122,7 +128,7 @@ def fingerprint(
         f"weights of {name}": model and weights_key(model.language_model)
         for name, model in models.items()
     }
-    return _fields(config) | data | weights | {PLAN: xxhash.xxh3_64(order.encode()).hexdigest()}
+    return _fields(config) | data | weights | plan
 
 
 def check_fingerprint(folder: Path, now: dict[str, object]) -> None:
@@ -260,6 +266,10 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _remove(path: Path) -> None:
     """Remove a checkpoint so that a kill half-way leaves none that looks complete."""
     shutil.rmtree(path.rename(path.with_name(f".{path.name}-old")))
+
+
+def _digest(value: object) -> str:
+    return xxhash.xxh3_64(json.dumps(value).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -55,10 +55,11 @@ class Row:
 
 @dataclass
 class BadRows:
-    """What was wrong with the rows of a split, the policy (`error` or `skip`), and what to do."""
+    """What was wrong with the rows `of` a split, the policy (`error` or `skip`), and what to do."""
 
     policy: str
     remedy: str = "fix them, or leave them out with --on_bad_row skip"
+    of: str = "given data"
     problems: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
 
@@ -84,7 +85,7 @@ class BadRows:
         if kept == 0:
             reasons = self.reasons + (dropped or Counter())
             why = f" ({dict(reasons)})" if reasons else ""
-            raise InputError(f"no usable preference pair in the given data{why}")
+            raise InputError(f"no usable preference pair in the {self.of}{why}")
 
 
 def parse_json(text: bytes | str) -> object:

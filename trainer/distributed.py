@@ -35,6 +35,10 @@ from trainer.model import PreferenceModel
 REQUESTS = {"fsdp2": "ACCELERATE_USE_FSDP", "zero3": "ACCELERATE_USE_DEEPSPEED"}
 # Settings of accelerate's config that would change what is done: variable, setting, value.
 SETTINGS = {
+    "always": (  # gradient_accumulation_steps and torch_compile of the recipe decide
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", "1"),
+        ("ACCELERATE_DYNAMO_BACKEND", "dynamo_backend", "no"),
+    ),
     "fsdp2": (
         ("FSDP_VERSION", "fsdp_version", "2"),
         ("FSDP_AUTO_WRAP_POLICY", "fsdp_auto_wrap_policy", "transformer_based_wrap"),
@@ -63,13 +67,16 @@ def take_request(config: RunConfig) -> str | None:
             DeepSpeed.
     """
     asked = [k for k, v in REQUESTS.items() if os.environ.get(v, "").lower() in ("true", "1")]
+    for variable, setting, value in (row for how in ("always", *asked) for row in SETTINGS[how]):
+        got = os.environ.get(variable, value).lower()
+        if got != value:
+            raise InputError(
+                f"accelerate's {setting}: expected {value}, got {got}; set it in its file or on "
+                "its command line, as the recipe decides"
+            )
     if not asked:
         return None
     [how] = asked
-    for variable, setting, value in SETTINGS[how]:
-        got = os.environ.get(variable, value).lower()
-        if got != value:
-            raise InputError(f"{setting}: expected {value}, got {got}; set it in accelerate's file")
     if config.use_peft:
         raise InputError(f"use_peft: expected false with {how}; use trainer/accelerate/ddp.yaml")
     if config.dtype == "float16":

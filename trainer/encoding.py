@@ -187,6 +187,12 @@ class Encoder:
                 )
             turn = now[len(done) :]
             end = 0 if not train else self._end_of_turn(turn) if chat else len(turn)
+            if chat and train and not self._says(turn[:end]):
+                raise BadRow(
+                    "nothing to train on",
+                    "the chat template makes special tokens and white space only of an assistant's "
+                    "message; give it content, or a chat_template_path that shows its tool_calls",
+                )
             tokens += turn
             trained += [k < end for k in range(len(turn))]
             done = now
@@ -210,6 +216,10 @@ class Encoder:
         ends = (k for k in range(len(turn), 0, -1) if turn[k - 1] in self.special)
         end = next(ends, len(turn))
         return end if not self.tokenizer.decode(turn[end:]).strip() else len(turn)
+
+    def _says(self, tokens: list[int]) -> bool:
+        """Whether any token is neither special nor white space."""
+        return any(t not in self.special and self.tokenizer.decode([t]).strip() for t in tokens)
 
     def _pair(self, parts: list[tuple], chat: bool) -> Pair | None:
         """Cut to the limits; None if the pair is dropped.

@@ -5,13 +5,22 @@ Nothing is trained, no weight is loaded, no file is written.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rpo_kernels import plan as head_plan
 from rpo_kernels.api import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
+from trainer.adapters import add_adapters
 from trainer.config import InputError, RunConfig
+from trainer.loading import locate_model
 from trainer.packing import Step
 from trainer.pairs import IGNORE, Sequence, Split
 from trainer.report import say
@@ -35,8 +44,6 @@ def show(
         tokenizer: decodes the samples.
         splits, plans: what would be trained on and evaluated, and in which steps.
     """
-    for name, split in splits.items():
-        say(f"{name:<5} {', '.join(f'{key} {value}' for key, value in split.report.items())}")
     for number, pair in enumerate(splits["train"].pairs[:SAMPLES], 1):
         for side in ("chosen", "rejected"):
             text = marked(getattr(pair, side), tokenizer)
@@ -89,16 +96,17 @@ def memory_plan(config: RunConfig, source: str, split: Split, steps: list[Step])
     """Bytes of weights and of what is trained with them, and of the head while it runs.
 
     Raises:
-        InputError: the model's config cannot be read.
+        InputError: a model's config cannot be read, or it cannot be adapted as it is asked to be.
     """
-    try:
-        settings = AutoConfig.from_pretrained(source, gguf_file=config.gguf_file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model_name_or_path: no config in {source}: {error}") from None
-    with torch.device("meta"):  # shapes without numbers
-        model = AutoModelForCausalLM.from_config(settings)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    model = skeleton(source, config)
     vocabulary, width = model.get_output_embeddings().weight.shape
+    kept = weight_bytes(model, config)
+    if config.use_peft:
+        add_adapters(model, config)
+    count = sum(p.numel() for p in model.parameters())
+    learned = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in learned)
+    kept += gradients if config.use_peft else 0  # adapters and copies are as large as these
     trained = [pair.chosen.trained_tokens + pair.rejected.trained_tokens for pair in split.pairs]
     passes = [batch for step in steps for ranks in step.micro_batches for batch in ranks if batch]
     heaviest = max(passes, key=lambda batch: sum(trained[i] for i in batch))
@@ -111,19 +119,20 @@ def memory_plan(config: RunConfig, source: str, split: Split, steps: list[Step])
         width=width,
         vocab=vocabulary,
         itemsize=head_plan.DTYPES[config.dtype].itemsize,
-        frozen=config.use_peft,
+        frozen=not any(p.requires_grad for p in model.get_output_embeddings().parameters()),
         max_bytes=int((config.max_workspace_mb or workspace) * 2**20),
     )
     streaming, recompute = head_plan.streaming(shape), head_plan.recompute(shape)
     gib, mib = head_plan.GIB, 2**20
     kind = "4 bits, the head's more" if config.load_in_4bit else config.model_dtype
-    kept = count * (0.5 if config.load_in_4bit else head_plan.DTYPES[config.model_dtype].itemsize)
-    state = state_bytes(model, config) / gib
-    learned = f"gradients {kept / gib:.2f} GiB, state of {config.optim} {state:.2f} GiB"
-    if config.use_peft:
-        learned = f"gradients and state of {config.optim} for the adapters only"
+    state = sum(state_bytes(p, config.optim) for p in learned)
+    second = ""
+    if config.reference == "online":
+        second = f"  reference: weights {second_model_bytes(config, source) / gib:.2f} GiB\n"
     return (
-        f"  {count / 1e6:.1f} M parameters: weights {kept / gib:.2f} GiB ({kind}), {learned}\n"
+        f"  {count / 1e6:.1f} M parameters, {sum(p.numel() for p in learned) / 1e6:.1f} M trained: "
+        f"weights {kept / gib:.2f} GiB ({kind}), gradients {gradients / gib:.2f} GiB, state of "
+        f"{config.optim} {state / gib:.2f} GiB\n{second}"
         f"  head, at most {rows} trained tokens in a pass, vocabulary {vocabulary}: "
         f"{streaming.extra / mib:.0f} MiB streaming, {recompute.extra / mib:.0f} MiB recompute "
         f"(logits alone: {rows * vocabulary * shape.itemsize / mib:.0f} MiB)\n"
@@ -131,17 +140,40 @@ def memory_plan(config: RunConfig, source: str, split: Split, steps: list[Step])
     )
 
 
-def state_bytes(model: torch.nn.Module, config: RunConfig) -> int:
-    """Bytes that the optimizer keeps beside all of the model's weights and gradients."""
-    count = sum(p.numel() for p in model.parameters())
-    if config.optim == "adafactor":  # float32: a row and a column per matrix, and all of a vector
-        return 4 * sum(
-            p.numel() if p.dim() < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2]
-            for p in model.parameters()
-        )
-    moment = {
-        "sgd": 0,
-        "adamw_8bit": 1,
-        "adamw_torch": head_plan.DTYPES[config.model_dtype].itemsize,
-    }
-    return 2 * moment[config.optim] * count
+def skeleton(source: str, config: RunConfig, field: str = "model_name_or_path") -> PreTrainedModel:
+    """The model that `field` names, of the right shapes and types, without numbers.
+
+    Raises:
+        InputError: its config cannot be read.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(source, gguf_file=config.gguf_file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{field}: no config in {source}: {error}") from None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.model_dtype))
+
+
+def weight_bytes(model: PreTrainedModel, config: RunConfig) -> float:
+    """Bytes of a whole model as it is loaded."""
+    size = 0.5 if config.load_in_4bit else head_plan.DTYPES[config.model_dtype].itemsize
+    return size * sum(p.numel() for p in model.parameters())
+
+
+def second_model_bytes(config: RunConfig, source: str) -> float:
+    """Bytes of the reference that runs beside the policy."""
+    if config.ref_model_name_or_path is None:
+        return weight_bytes(skeleton(source, config), config)
+    own = replace(config, model_name_or_path=config.ref_model_name_or_path, gguf_file=None)
+    model = skeleton(locate_model(own), own, "ref_model_name_or_path")
+    return weight_bytes(model, own)
+
+
+def state_bytes(parameter: torch.Tensor, optim: str) -> int:
+    """Bytes that the optimizer keeps beside a weight and its gradient."""
+    count = parameter.numel()
+    if optim == "adafactor":  # float32: a row and a column per matrix, and all of a vector
+        shape = parameter.shape
+        return 4 * (count if len(shape) < 2 else count // shape[-1] + count // shape[-2])
+    moment = {"sgd": 0, "adamw_8bit": 1, "adamw_torch": parameter.element_size()}
+    return 2 * moment[optim] * count

@@ -44,12 +44,17 @@ def check_keys(keys: Iterable[str], source: str) -> None:
 
 def _read_yaml(path: Path) -> dict[str, object]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected 'field: value' lines, got {type(values).__name__}")
     check_keys(values, str(path))
+    keys = [key.value for key, _ in node.value]
+    for key in values:
+        if keys.count(key) > 1:
+            raise InputError(f"{path}: {key} is given {keys.count(key)} times; keep one of them")
     return values
 
 

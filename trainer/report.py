@@ -73,8 +73,6 @@ class RunLog:
         self.folder = Path(config.output_dir)
         self.rows: list[dict[str, float]] = earlier.get("rows", [])
         self.samples: list[dict[str, object]] = earlier.get("samples", [])
-        for name, counts in data_report.items():
-            say(f"{name:<5} {', '.join(f'{key} {value}' for key, value in counts.items())}")
         if PartialState().is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")

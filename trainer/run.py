@@ -84,9 +84,11 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     reference = Reference(config, policy, tokenizer, splits, accelerator)
     models = {"model_name_or_path": policy, "ref_model_name_or_path": reference.model}
     fingerprint = checkpoint.fingerprint(config, splits, plans["train"], models)
-    log = open_log(config, splits, fingerprint, resumed, accelerator)
+    if resumed:
+        checkpoint.check_fingerprint(resumed, fingerprint)
     model, optimizer = prepare(policy, config, sharding, accelerator)
     reference.attach(model, splits, plans)
+    log = open_log(config, splits, resumed, accelerator)  # the last check is passed
     schedule = make_schedule(optimizer, config, len(plans["train"]))
     training = Training(model, optimizer, schedule, log)
 
@@ -128,30 +130,25 @@ def check(config: RunConfig) -> Path | None:
 
 
 def read_data(config: RunConfig, source: str) -> tuple[PreTrainedTokenizerBase, dict[str, Split]]:
-    """The tokenizer, and the training and held-out pairs as its tokens."""
+    """The tokenizer, and the training and held-out pairs as its tokens; prints their counts."""
     tokenizer = load_tokenizer(source, config.gguf_file)
     use_chat_template(tokenizer, config.chat_template_path)
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
     splits = {}
     for name, (rows, bad) in read_splits(config).items():
         splits[name] = encode_rows(rows, tokenizer, limits, bad)
+        counts = splits[name].report.items()
+        report.say(f"{name:<5} {', '.join(f'{key} {value}' for key, value in counts)}")
         if config.prefix_sharing:
             splits[name].pairs = share_prefixes(splits[name].pairs)
     return tokenizer, splits
 
 
 def open_log(
-    config: RunConfig,
-    splits: dict[str, Split],
-    fingerprint: dict[str, object],
-    resumed: Path | None,
-    accelerator: Accelerator,
+    config: RunConfig, splits: dict[str, Split], resumed: Path | None, accelerator: Accelerator
 ) -> report.RunLog:
-    """The output folder, with the rows of the checkpoint to go on from, if it fits the run."""
-    earlier: dict[str, list[dict]] = {}
-    if resumed:
-        checkpoint.check_fingerprint(resumed, fingerprint)
-        earlier = checkpoint.read_progress(resumed)
+    """The output folder, emptied of another run, with the rows of the checkpoint to go on from."""
+    earlier = checkpoint.read_progress(resumed) if resumed else {}
     reports = {name: split.report for name, split in splits.items()}
     log = report.RunLog(config, reports, earlier, accelerator)
     if accelerator.is_main_process:

@@ -22,6 +22,8 @@ from trainer.data import FIELDS, BadRow, BadRows, Row, check_record
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document; the default is 128 KiB
 
+HELD_OUT = "held-out data"  # what is said of the split `eval`
+
 Records = Iterator[tuple[int, bytes | dict]]  # line or row number, and what is there
 
 
@@ -32,14 +34,15 @@ def read_splits(config: RunConfig) -> dict[str, tuple[list[Row], BadRows]]:
         InputError: a file or data set that cannot be read, no usable row, bad rows under the policy
             `error`, or a weight or share that leaves nothing.
     """
-    train, bad = _read(config, config.train_file, config.dataset_train_split)
+    train, bad = _read(config, config.train_file, config.dataset_train_split, "training data")
     splits = {}
     if config.eval_file or config.dataset_test_split:
-        held_out, eval_bad = _read(config, config.eval_file, config.dataset_test_split)
+        files, split = config.eval_file, config.dataset_test_split
+        held_out, eval_bad = _read(config, files, split, HELD_OUT)
         splits["eval"] = [row for rows in held_out for row in rows], eval_bad
     elif config.eval_split_ratio:
         train, held_out = hold_out(train, config.eval_split_ratio, config.seed)
-        splits["eval"] = held_out, BadRows(config.on_bad_row)
+        splits["eval"] = held_out, BadRows(config.on_bad_row, of=HELD_OUT)
     if config.train_weights:
         train = [
             weigh(rows, weight, seed=(config.seed, number))
@@ -49,10 +52,10 @@ def read_splits(config: RunConfig) -> dict[str, tuple[list[Row], BadRows]]:
 
 
 def _read(
-    config: RunConfig, files: tuple[str, ...], split: str | None
+    config: RunConfig, files: tuple[str, ...], split: str | None, of: str
 ) -> tuple[list[list[Row]], BadRows]:
-    """The rows of every source of one split: files first, then data sets."""
-    bad = BadRows(config.on_bad_row)
+    """The rows of every source of one split: files first, then data sets; `of` names them."""
+    bad = BadRows(config.on_bad_row, of=of)
     sources = [check_rows(f"{name}:", read_file(name), bad) for name in files]
     for name in config.dataset_name if split else ():
         records = read_dataset(name, config.dataset_config, split)
@@ -90,9 +93,14 @@ def read_file(name: str) -> Records:
 
 def _jsonl(path: Path) -> Records:
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, line
+        records = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        for count, (number, line) in enumerate(records):
+            if count == 0 and line.lstrip().startswith(b"["):
+                raise InputError(
+                    f"{path}: expected one JSON object a line, got an array; write its elements "
+                    "one a line, as jq -c '.[]' does"
+                )
+            yield number, line
 
 
 def _parquet(path: Path) -> Records:

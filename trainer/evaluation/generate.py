@@ -23,6 +23,8 @@ from trainer.evaluation.prompts import Prompt, read_prompts
 from trainer.evaluation.records import JsonlLog
 from trainer.samples import sample
 
+COLDEST = 1e-6  # lower ones are greedy too, and overflow
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -44,8 +46,10 @@ class Sampling:
         for field in ("max_new_tokens", "batch_size"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field}: expected >= 1, got {getattr(self, field)}")
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature: expected a number >= 0, got {self.temperature}")
+        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
+            raise InputError(
+                f"temperature: expected 0 (greedy) or a number >= {COLDEST}, got {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p: expected a number in (0, 1], got {self.top_p}")
 

@@ -74,8 +74,8 @@ def score(
     for name, value, least in (("beta", beta, 1e-9), ("max_length", max_length, 8),
         ("batch_size", batch_size, 1), ("kl_prompts", kl_prompts, 0), ("kl_tokens", kl_tokens, 1),
     ):  # fmt: skip
-        if not value >= least:
-            raise InputError(f"{name}: expected >= {least}, got {value}")
+        if not least <= value < math.inf:
+            raise InputError(f"{name}: expected a finite number >= {least}, got {value}")
     head = {"logit_scale": logit_scale, "logit_softcap": logit_softcap}
     sources, folder = named_sources(models, head), open_folder(output_dir)
     model, tokenizer = open_model(Source(reference, **head), data[0])

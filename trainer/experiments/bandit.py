@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rpo_kernels.losses import sft_weight, sigmoid_loss
+from trainer.config import InputError, open_folder
 
 K, HIDDEN, PAIRS = 100, 24, 300
 PEAK, TOP, END = 0.6, 4.0, -4.0  # where the true reward is highest, its height, its value at x = 1
@@ -171,8 +172,12 @@ def main() -> None:
     if args.seeds < 6:
         parser.error(f"--seeds: expected at least 6, two to choose eta by, got {args.seeds}")
     seeds = list(range(args.first_seed, args.first_seed + args.seeds))
+    try:
+        folder = open_folder(args.output_dir)
+    except InputError as error:
+        parser.error(str(error))
     settings = sweep()
-    print(report(settings, seeds, train(settings, seeds, args.steps), args.output_dir))
+    print(report(settings, seeds, train(settings, seeds, args.steps), folder))
 
 
 if __name__ == "__main__":

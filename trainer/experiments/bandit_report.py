@@ -21,10 +21,8 @@ from trainer.experiments.bandit import Outcome, Setting, grid, true_reward
 METRICS = ("true_reward", "final_chosen_logp", "uncovered", "implicit_gap")
 
 
-def report(settings: list[Setting], seeds: list[int], out: Outcome, output_dir: str) -> str:
+def report(settings: list[Setting], seeds: list[int], out: Outcome, folder: Path) -> str:
     """Write `bandit.json`, `bandit.png` and `bandit_sweep.png`; returns the table as text."""
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     values = by_setting(settings, seeds, out)
     claims = [claim(settings, values, beta, coverage) for beta, coverage in cells(settings)]
     rows = [vars(s) | describe(values, k) for k, s in enumerate(settings)]

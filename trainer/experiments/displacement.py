@@ -26,7 +26,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import RunConfig, open_folder
+from trainer.config import InputError, RunConfig, open_folder
 from trainer.evaluation.models import Source, open_model
 from trainer.evaluation.records import read_jsonl, write_json, write_rows
 from trainer.experiments import arithmetic
@@ -198,7 +198,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {args.seeds}")
-    experiment = Experiment(args.output_dir)
+    try:
+        experiment = Experiment(args.output_dir)
+    except InputError as error:
+        parser.error(str(error))
     results = [
         experiment.one(setting, method, seed)
         for seed in range(args.seeds)
