@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import shutil
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import get_int_from_env
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from trainer.config import InputError, RunConfig, open_folder
@@ -156,17 +156,18 @@ def only_writer(output_dir: str) -> Iterator[None]:
     if not is_first_process():
         yield
         return
-    with (folder / LOCK_FILE).open("w") as lock:  # closing it, or the process's end, unlocks
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"output_dir: another process is writing to {folder}; wait until it has ended, "
-                "or choose another one"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+    lock = FileLock(folder / LOCK_FILE)  # the end of the process unlocks, too
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"output_dir: another process is writing to {folder}; wait until it has ended, "
+            "or choose another one"
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def check_output_dir(config: RunConfig, checkpoint: Path | None) -> None:
