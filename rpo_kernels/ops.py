@@ -44,11 +44,11 @@ def no_autocast(function):
 
 def times(grads: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
     """``factor ()`` times every gradient that a backward pass saved, in place where that pass is
-    the graph's last (`retain_graph` is False) and not a trace: a second copy of dW costs time and
-    memory.
+    the graph's last (`retain_graph` is False) and neither traced nor batched: a second copy of dW
+    costs time and memory.
     """
-    traced = type(factor) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(factor)
-    last = not traced and not torch._C._autograd._get_current_graph_task_keep_graph()
+    plain = type(factor) is Tensor and "Batched" not in str(torch._C._dispatch_keys(factor))
+    last = plain and not torch._C._autograd._get_current_graph_task_keep_graph()
     return [x if x is None else x.mul_(factor) if last else x * factor for x in grads]
 
 
