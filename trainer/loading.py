@@ -9,6 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -82,11 +83,16 @@ def locate_model(config: RunConfig) -> str:
 def load_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
     """Load the tokenizer that stands beside (or inside) the model's weights."""
     try:
-        return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+        if gguf_file is not None:  # transformers 5.17 takes the first token of a text for the last
+            end = AutoConfig.from_pretrained(source, gguf_file=gguf_file).eos_token_id
+            if isinstance(end, int):
+                tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model_name_or_path: cannot load a tokenizer from {source}: {error}"
         ) from None
+    return tokenizer
 
 
 def load_model(source: str, config: RunConfig) -> PreTrainedModel:
