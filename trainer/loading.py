@@ -111,6 +111,7 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
         ) from None
     if config.gguf_file is not None:
         model = _unquantized(model)
+    _keep_softcap(model)
     _switch_noise_off(model)  # policy and reference must agree at step 0
     if config.use_liger_kernel:
         _use_liger(model)
@@ -119,6 +120,13 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         model.train()  # layers are checkpointed in training mode only; there is no dropout
     return fuse_lm_head(model, config.logit_scale, config.logit_softcap)
+
+
+def _keep_softcap(model: PreTrainedModel) -> None:
+    """Let Gemma 2 attend with its softcap: transformers 5.17 gives it SDPA, which has none."""
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if softcap is not None and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def _switch_noise_off(model: PreTrainedModel) -> None:
