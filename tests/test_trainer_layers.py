@@ -67,6 +67,14 @@ def test_a_model_s_own_noise_is_off(kind, fields, tmp_path):
     assert torch.equal(trained, model.eval().base_model(ids).last_hidden_state)
 
 
+def test_a_softcap_of_attention_is_kept(tmp_path):
+    model, ids = tiny_model("gemma2"), torch.arange(30, 60)[None]
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), tiny_config())
+    wanted = model.base_model(ids).last_hidden_state
+    assert relative(loaded.base_model(ids).last_hidden_state, wanted) < 1e-6
+
+
 def test_compiled_layers_give_the_same_gradient_without_compiling_every_batch(monkeypatch):
     compiled = nn.Module.compile
     monkeypatch.setattr(  # the compiler's front end is what may go wrong; its back end takes long

@@ -67,7 +67,8 @@ OWN = {
     "cohere2": {"logit_scale": 0.25, "sliding_window": 16},
     "gemma": {"head_dim": 8},
     "gemma2": GEMMA
-    | {"sliding_window": 16, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 0.5},
+    | {"sliding_window": 16, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 0.5}
+    | {"attn_implementation": "eager"},  # transformers 5.17 has SDPA do it, without the softcap
     "gemma3_text": GEMMA | {"sliding_window": 16, "final_logit_softcapping": 5.0},
     "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "granite": {"logits_scaling": 4.0},

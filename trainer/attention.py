@@ -39,7 +39,7 @@ NAME = "packed_pairs"
 UNSUPPORTED = {"s_aux": "attention sinks", "position_bias": "a position bias"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # torch 2.11 guards all fields of a frozen one: it would compile every batch
 class PairLayout:
     """Where the tokens of B packed pairs stand in their row."""
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -82,11 +83,16 @@ def locate_model(config: RunConfig) -> str:
 def load_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
     """Load the tokenizer that stands beside (or inside) the model's weights."""
     try:
-        return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+        if gguf_file is not None:  # transformers 5.17 takes the first token of a text for the last
+            end = AutoConfig.from_pretrained(source, gguf_file=gguf_file).eos_token_id
+            if isinstance(end, int):
+                tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model_name_or_path: cannot load a tokenizer from {source}: {error}"
         ) from None
+    return tokenizer
 
 
 def load_model(source: str, config: RunConfig) -> PreTrainedModel:
@@ -105,6 +111,7 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
         ) from None
     if config.gguf_file is not None:
         model = _unquantized(model)
+    _keep_softcap(model)
     _switch_noise_off(model)  # policy and reference must agree at step 0
     if config.use_liger_kernel:
         _use_liger(model)
@@ -113,6 +120,13 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         model.train()  # layers are checkpointed in training mode only; there is no dropout
     return fuse_lm_head(model, config.logit_scale, config.logit_softcap)
+
+
+def _keep_softcap(model: PreTrainedModel) -> None:
+    """Let Gemma 2 attend with its softcap: transformers 5.17 gives it SDPA, which has none."""
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if softcap is not None and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def _switch_noise_off(model: PreTrainedModel) -> None:

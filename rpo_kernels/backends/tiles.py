@@ -69,7 +69,7 @@ CONFIGS: dict[tuple[str, str], Config] = {
 KEPT: dict[tuple[str, str], tuple[Tile, Tile]] = {
     ("sm_80", "half"): (Tile(128, 64, 128, 8, 4), Tile(64, 128, 128, 8, 4)),
     ("sm_80", "single"): (Tile(64, 16, 64, 4, 3, 2), Tile(16, 64, 64, 4, 3, 2)),
-    ("sm_86", "half"): (Tile(128, 32, 128, 8, 4), Tile(32, 128, 128, 8, 4)),
+    ("sm_86", "half"): (Tile(128, 32, 128, 4, 4, 2), Tile(32, 128, 128, 8, 4)),
     ("sm_86", "single"): (Tile(64, 16, 64, 4, 3, 2), Tile(16, 64, 64, 4, 3, 2)),
     ("sm_90", "half"): (Tile(256, 64, 128, 8, 4), Tile(64, 128, 256, 8, 4)),
     ("sm_90", "single"): (Tile(64, 16, 64, 4, 3, 2), Tile(16, 64, 64, 4, 3, 2)),
