@@ -119,11 +119,13 @@ def test_rounding_of_materialized_logits_is_the_measure():
         (auto, far, 1.9, True),
         (auto, far, 2.1, False),
         (auto, far, float("nan"), False),
+        (auto, dict.fromkeys(far, float("inf")), 3, False),
     ]:
         errors = {key: value and scale * value for key, value in far.items()}
         found = truth.verdict(implementation, torch.bfloat16, errors, known)
         assert (found is None) == sound, (implementation.label, known, scale)
     assert truth.verdict(plain, torch.float32, far) is not None
+    assert truth.verdict(auto, torch.float32, far, far) is not None
 
 
 def test_failures_are_recorded_with_their_reason(document):
