@@ -402,6 +402,5 @@ def fused_preference_loss(
     kept = (flat_labels != ignore_index).to(logps.dtype)
     counts = ops.sequence_sums(kept, cu_seqlens).view(2, pairs)
     index = torch.arange(pairs, device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        losses = checks.pair_losses(loss_fn, sums, counts, index).to(sums.dtype)
+    losses = checks.pair_losses(loss_fn, sums, counts, index)
     return losses.sum() / norm, sums.detach()

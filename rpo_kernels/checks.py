@@ -265,15 +265,18 @@ def check_loss_fn(loss_fn: object) -> None:
 
 
 def pair_losses(loss_fn: Callable, logps: Tensor, counts: Tensor, index: Tensor) -> Tensor:
-    """Call a user's `loss_fn` on b pairs and check that it returns one loss per pair, (b,)."""
-    losses = loss_fn(logps, counts, index)
+    """Call a user's `loss_fn` on b pairs, outside autocast, and check that it returns one loss per
+    pair: (b,), in the dtype of `logps`.
+    """
+    with torch.autocast(logps.device.type, enabled=False):
+        losses = loss_fn(logps, counts, index)
     if not isinstance(losses, Tensor) or losses.shape != index.shape:
         _fail(
             "loss_fn",
             f"a tensor of shape ({index.shape[0]},), one loss per pair",
             getattr(losses, "shape", type(losses)),
         )
-    return losses
+    return losses.to(logps.dtype)
 
 
 def check_leaves(losses: Tensor, logps: Tensor) -> None:

@@ -44,8 +44,7 @@ class CustomLoss(torch.autograd.Function):
             coef = torch.repeat_interleave(
                 slopes.flatten(), counts.flatten(), output_size=logps.shape[0]
             )
-            sums, losses = sums.detach(), losses.detach().to(sums.dtype)
-            return torch.stack([losses, *sums], dim=1), coef
+            return torch.stack([losses.detach(), *sums.detach()], dim=1), coef
 
         head = Head(weight, bias, Transform(scale, softcap), dtype, max_bytes // 8)
         with torch.autocast(hidden.device.type, enabled=False):

@@ -162,7 +162,7 @@ def read_config(path: str) -> tuple[int, int]:
     names = ("hidden_size", "n_embd", "d_model")
     width = next((config[name] for name in names if config.get(name)), None)
     vocab = config.get("vocab_size")
-    if not all(type(size) is int and size > 0 for size in (width, vocab)):
+    if type(width) is not int or type(vocab) is not int or min(width, vocab) < 1:
         raise SystemExit(
             f"--config: {file}: expected vocab_size and one of {', '.join(names)}, numbers above "
             f"0, got {vocab!r} and {width!r}"

@@ -223,11 +223,16 @@ def test_second_derivatives_raise(strategy):
         (grad.square().sum() + weight.sum()).backward()  # a penalty beside another term
 
 
+def leaf_and_loss(seed, strategy):
+    """Hidden states that take a gradient, and the loss of a function on them."""
+    problem = pairs(seed)
+    hidden = problem.hidden.clone().requires_grad_()
+    return hidden, mine(rpo(problem.ref_logps), strategy=strategy)(problem._replace(hidden=hidden))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_backward_twice_gives_the_same_gradients(strategy):
-    problem = pairs(9)
-    hidden = problem.hidden.clone().requires_grad_()
-    loss = mine(rpo(problem.ref_logps), strategy=strategy)(problem._replace(hidden=hidden))
+    hidden, loss = leaf_and_loss(9, strategy)
     (once,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     kept = once.clone()
     once.zero_()
@@ -254,9 +259,7 @@ def test_a_loss_runs_outside_autocast(strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_batched_upstream_gradients(strategy):
-    problem = pairs(14)
-    hidden = problem.hidden.clone().requires_grad_()
-    loss = mine(rpo(problem.ref_logps), strategy=strategy)(problem._replace(hidden=hidden))
+    hidden, loss = leaf_and_loss(14, strategy)
     (one,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     upstream = torch.tensor([[1.0], [3.0]])
     (two,) = torch.autograd.grad(loss[None], hidden, upstream, is_grads_batched=True)
