@@ -39,7 +39,9 @@ class _Fold:
     def __init__(self, like: Tensor) -> None:
         self.top = torch.full_like(like, -torch.inf)
         self.index = torch.zeros_like(like, dtype=torch.int64)
-        self.sums, self.weighted, self.squares, self.total = (torch.zeros_like(like) for _ in "1234")
+        self.sums, self.weighted, self.squares, self.total = (
+            torch.zeros_like(like) for _ in "1234"
+        )
 
     def add(self, logits: Tensor, first: int) -> None:
         """Fold in the logits (n, p) of the entries from `first` on; they are overwritten."""
@@ -99,9 +101,8 @@ def vocabulary_statistics(
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
     transform, exact = Transform(logit_scale, logit_softcap), accumulator_dtype(dtype)
-    flat, (places,) = targets.reshape(-1), (targets.reshape(-1) != ignore_index).nonzero(
-        as_tuple=True
-    )
+    flat = targets.reshape(-1)
+    places = (flat != ignore_index).nonzero()[:, 0]
     rows, tile = hidden.reshape(-1, width), CPU_TILE if device.type == "cpu" else GPU_TILE
     found = [hidden.new_zeros(flat.shape, dtype=exact) for _ in range(4)]
     found[2] = found[2].bool()

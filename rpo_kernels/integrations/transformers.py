@@ -21,6 +21,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs
 
 IGNORE = -100
-HeadFunction = Callable[..., object]
-"""``(hidden (..., D), weight (V, D), *, bias, logit_scale, logit_softcap) -> anything``, for example
-a `functools.partial` of a function of `rpo_kernels` with its labels."""
+HeadFunction = Callable[..., Any]
+"""``(hidden (..., D), weight (V, D), *, bias, logit_scale, logit_softcap) -> anything``, such as a
+`functools.partial` of a function of `rpo_kernels` with its labels."""
 
 
 class FusedLMHead(nn.Linear):
@@ -51,7 +52,7 @@ class FusedLMHead(nn.Linear):
         self.logit_scale, self.logit_softcap = logit_scale, logit_softcap
         self.train(head.training)
 
-    def forward(self, hidden: Tensor, function: HeadFunction | None = None) -> object:
+    def forward(self, hidden: Tensor, function: HeadFunction | None = None) -> Any:
         """``function(hidden, weight, bias=, logit_scale=, logit_softcap=)``; without a function,
         lm_head's output (..., V).
         """
@@ -59,7 +60,7 @@ class FusedLMHead(nn.Linear):
             return super().forward(hidden)
         return function(hidden, self.weight, **self.transform())
 
-    def transform(self) -> dict[str, object]:
+    def transform(self) -> dict[str, Any]:
         """Bias, scale and softcap, as `rpo_kernels` takes them."""
         return {
             "bias": self.bias,
@@ -99,9 +100,10 @@ def fuse_lm_head(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"{name}: expected a backbone at model.base_model, got none")
     scale, softcap = measure_transform(model)
     model.set_output_embeddings(FusedLMHead(head, scale, softcap))
-    model.forward_to_logits = model.forward
-    model.forward = types.MethodType(_fused_forward(type(model)), model)
-    model.accepts_loss_kwargs = True  # num_items_in_batch
+    kind: Any = type(model)
+    own, fused = model.forward, types.MethodType(_fused_forward(kind), model)
+    model.__dict__.update(forward_to_logits=own, forward=fused)
+    model.__dict__["accepts_loss_kwargs"] = True  # num_items_in_batch
     return model
 
 
@@ -117,7 +119,7 @@ def _fused_forward(kind: type[PreTrainedModel]) -> Callable[..., object]:
         return _run(self, at_head, args, kwargs)[0]
 
     # generation and Trainer read it; `functools.wraps` would let accelerate unwrap past us
-    forward.__signature__ = inspect.signature(kind.forward)
+    forward.__dict__["__signature__"] = inspect.signature(kind.forward)
     forward.__doc__ = kind.forward.__doc__
     return forward
 
@@ -145,7 +147,7 @@ def shifted(labels: Tensor) -> Tensor:
     return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], IGNORE)], dim=-1)
 
 
-def _sft_output(model: PreTrainedModel, labels: Tensor, args: tuple, kwargs: dict) -> object:
+def _sft_output(model: PreTrainedModel, labels: Tensor, args: tuple, kwargs: dict) -> Any:
     """The SFT loss as the model's own forward returns it."""
     targets, count = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
     targets, as_dict = shifted(labels) if targets is None else targets, kwargs.get("return_dict")
@@ -162,13 +164,13 @@ def _sft_output(model: PreTrainedModel, labels: Tensor, args: tuple, kwargs: dic
 def last_positions(function: HeadFunction, length: int) -> HeadFunction:
     """`function` of the last `length` positions: peft's prompt tuning puts virtual ones first."""
 
-    def run(hidden: Tensor, weight: Tensor, **transform: object) -> object:
+    def run(hidden: Tensor, weight: Tensor, **transform: Any) -> Any:
         return function(hidden[:, -length:], weight, **transform)
 
     return run
 
 
-def _at_head(model: nn.Module, input_ids: Tensor, mask: Tensor | None, run: HeadFunction) -> object:
+def _at_head(model: nn.Module, input_ids: Tensor, mask: Tensor | None, run: HeadFunction) -> Any:
     """`run` at the head of a fused model, wrapped or not."""
     run = last_positions(run, input_ids.shape[1])
     found = model(input_ids=input_ids, attention_mask=mask, at_head=run)
@@ -185,7 +187,7 @@ def model_rpo_loss(
     attention_mask: Tensor | None,
     labels: Tensor,
     ref_logps: Tensor | None,
-    **options: object,
+    **options: Any,
 ) -> RPOOutput:
     """`rpo_kernels.fused_rpo_loss` of a model and a padded batch of preference pairs.
 

@@ -1,4 +1,4 @@
-"""RPO in TRL: `RPOTrainer`, TRL's `DPOTrainer` on our head; `patch_trl`, our head under TRL's losses.
+"""RPO in TRL: `RPOTrainer` is TRL's `DPOTrainer` on our head, without logits.
 
     B pairs, 2B sequences (chosen first), T positions, V vocabulary
 
@@ -17,44 +17,36 @@ What differs from `DPOTrainer`:
                of the steps that are logged: they take a pass of their own over the vocabulary
     a tie of rewards counts half in rewards/accuracies
 
-An option of `DPOTrainer` that does not fit is refused by name. Everything is built on TRL 1.16;
-what it takes from TRL is checked, and a version that moved it is an error.
+An option of `DPOTrainer` that does not fit is refused by name. Those who keep their trainer
+call `patch_trl`. Everything is built on TRL 1.16; what it takes
+from TRL is checked, and a version that moved it is an error (`trl_checks`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
-import transformers
-import trl
 from accelerate.utils import is_peft_model
 from datasets.fingerprint import Hasher
-from torch import Tensor, nn
-from transformers import ProcessorMixin
+from torch import Tensor
+from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer import dpo_trainer, sft_trainer, utils
-from trl.trainer.utils import use_adapter
+from trl.trainer import dpo_trainer
 
-from rpo_kernels import checks, fused_rpo_loss, linear_logprobs
-from rpo_kernels.integrations.statistics import vocabulary_statistics
-from rpo_kernels.integrations.transformers import (
-    IGNORE,
-    fuse_lm_head,
-    last_positions,
-    shifted,
-)
+from rpo_kernels import checks, linear_logprobs
+from rpo_kernels.integrations.transformers import IGNORE, fuse_lm_head, last_positions, shifted
+from rpo_kernels.integrations.trl_checks import check_trl
+from rpo_kernels.integrations.trl_metrics import COLUMNS, loss_and_table, metrics
+from rpo_kernels.integrations.trl_patch import patch_trl, unpatch_trl
 from rpo_kernels.losses import LOSSES, sft_weight
 
-BUILT_ON = "1.16"
+__all__ = ["RPOConfig", "RPOTrainer", "patch_trl", "unpatch_trl"]
+
 LOSS_FIELDS = (
     "beta", "eta", "sft_reduction", "scale_eta_by_beta", "label_smoothing", "grad_tolerance",
     "max_workspace_mb", "strategy", "backend",
@@ -112,7 +104,10 @@ class RPOConfig(DPOConfig):
     )
     strategy: str = field(
         default="auto",
-        metadata={"help": "Of the head: auto, stream or recompute.", "choices": [*checks.STRATEGIES]},
+        metadata={
+            "help": "Of the head: auto, stream or recompute.",
+            "choices": [*checks.STRATEGIES],
+        },
     )
     backend: str = field(
         default="auto",
@@ -146,13 +141,6 @@ class RPOConfig(DPOConfig):
         checks.check_run(self.backend, *run)
 
 
-COLUMNS = (
-    "dpo", "chosen_logps", "rejected_logps", "chosen_rewards", "rejected_rewards", "wins",
-    "chosen_tokens", "rejected_tokens", "chosen_mean_logps", "measured_chosen",
-    "measured_rejected", "entropy", "chosen_logits", "rejected_logits", "top1", "pairs",
-)  # fmt: skip
-
-
 class RPOTrainer(DPOTrainer):
     """TRL's `DPOTrainer` for Regularized Preference Optimization, without logits.
 
@@ -174,6 +162,8 @@ class RPOTrainer(DPOTrainer):
         "id": "2405.16436",
     }
     loss_is_scaled_for_ga = True
+    args: RPOConfig
+    model: Any
 
     def __init__(self, model, ref_model=None, args=None, **options) -> None:
         """As `DPOTrainer`."""
@@ -184,6 +174,8 @@ class RPOTrainer(DPOTrainer):
         self._check_arguments(args, options)
         with _replaced(dpo_trainer, "add_fused_lm_head", _add_head):
             super().__init__(model, ref_model, args, **options)
+        if self._is_vlm:
+            _refuse("processing_class", "a tokenizer (text models only)", self.processing_class)
         if self.aux_loss_enabled:
             _refuse(
                 "router_aux_loss_coef", "0 for a mixture of experts (its loss is left out)",
@@ -199,9 +191,6 @@ class RPOTrainer(DPOTrainer):
             raise TypeError(f"args: expected an RPOConfig, got {type(args).__name__}")
         if options.get("compute_metrics") is not None:
             _refuse("compute_metrics", "None (it needs logits)", options["compute_metrics"])
-        if isinstance(options.get("processing_class"), ProcessorMixin):
-            got = type(options["processing_class"]).__name__
-            _refuse("processing_class", "a tokenizer (text models only)", got)
         if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
             _refuse("deepspeed", "ZeRO stage 2 or lower (or FSDP)", 3)
         parallel = args.parallelism_config
@@ -209,7 +198,7 @@ class RPOTrainer(DPOTrainer):
             if parallel is not None and getattr(parallel, f"{kind}_enabled", False):
                 _refuse("parallelism_config", f"no {kind}_size above 1", parallel)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> tuple:
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Pairs and chosen tokens of the whole step, over its micro-batches and all ranks."""
         counts = torch.zeros(3, dtype=torch.long)
         for batch in batch_samples:
@@ -229,7 +218,7 @@ class RPOTrainer(DPOTrainer):
         chosen, rejected = self._reference(inputs)
         pairs, tokens = num_items_in_batch if mode == "train" else (None, None)
         run = functools.partial(
-            _loss_and_metrics, labels=labels, ref_logps=torch.cat([chosen, rejected]),
+            loss_and_table, labels=labels, ref_logps=torch.cat([chosen, rejected]),
             statistics=self._logs_statistics(mode), num_pairs=pairs, num_chosen_tokens=tokens,
             **self._loss_options,
         )  # fmt: skip
@@ -244,8 +233,7 @@ class RPOTrainer(DPOTrainer):
         """Summed reference log-probs (B,), (B,) of chosen and rejected."""
         if self.precompute_ref_logps:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        model = self.model_wrapped if self.ref_model is None else self.ref_model
-        return self.compute_ref_log_probs(model, inputs)
+        return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
 
     def compute_ref_log_probs(self, model, inputs):
         """Summed reference log-probs (B,), (B,) of chosen and rejected."""
@@ -255,11 +243,11 @@ class RPOTrainer(DPOTrainer):
         adapter = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             peft = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(peft, "ref" if "ref" in peft.peft_config else None)
+            adapter = dpo_trainer.use_adapter(peft, "ref" if "ref" in peft.peft_config else None)
         checkpointing = (self.model, self.args.gradient_checkpointing_kwargs)
         with (
             torch.no_grad(),
-            disable_gradient_checkpointing(*checkpointing),
+            dpo_trainer.disable_gradient_checkpointing(*checkpointing),
             adapter,
             self.accelerator.autocast(),
         ):
@@ -289,7 +277,7 @@ class RPOTrainer(DPOTrainer):
         sums = self._sums.pop(mode, None)
         if sums is not None:
             sums = self.accelerator.reduce(sums, "sum") if mode == "train" else sums
-            found = _metrics(dict(zip(COLUMNS, sums.tolist(), strict=True)), self.args)
+            found = metrics(dict(zip(COLUMNS, sums.tolist(), strict=True)), self.args.sft_reduction)
             found["num_tokens"] = self._total_train_tokens
             self._metrics[mode].update({name: [value] for name, value in found.items()})
             for name in logs if mode == "eval" else ():
@@ -298,7 +286,7 @@ class RPOTrainer(DPOTrainer):
         super().log(logs, start_time)
 
 
-def _add_head(model: nn.Module, *_: object, **__: object) -> None:
+def _add_head(model: PreTrainedModel, *_: object, **__: object) -> None:
     """In place of TRL's `add_fused_lm_head`."""
     fuse_lm_head(model)
 
@@ -317,94 +305,6 @@ def _sft_weight(args: RPOConfig) -> float:
     return sft_weight(args.eta, args.beta, args.sft_reduction, args.scale_eta_by_beta)
 
 
-def _loss_and_metrics(
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    labels: Tensor,
-    ref_logps: Tensor,
-    statistics: bool,
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    bias: Tensor | None,
-    logit_scale: float,
-    logit_softcap: float | None,
-    **options: object,
-) -> tuple[Tensor, Tensor]:
-    """At the head: ``loss ()`` and a table (B, len(COLUMNS)) of what the metrics are made of.
-
-    Args:
-        hidden: (2B, T, D).
-        weight: (V, D).
-        labels: (2B, T), shifted.
-        ref_logps: (2B,).
-        statistics: whether to measure entropy, logits and token accuracy, 1U.
-        loss_type: this and the others as in `fused_rpo_loss`.
-    """
-    head = {"bias": bias, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
-    out = fused_rpo_loss(
-        hidden, weight, labels, ref_logps, loss_type=loss_type, beta=beta,
-        label_smoothing=label_smoothing, **head, **options,
-    )  # fmt: skip
-    kept = labels != IGNORE
-    tokens = kept.sum(1).to(out.chosen_logps.dtype)
-    chosen_tokens, rejected_tokens = tokens.chunk(2)
-    rewards = (out.chosen_rewards, out.rejected_rewards)
-    ratios = (x / beta for x in rewards)
-    real = (chosen_tokens + rejected_tokens) > 0  # a pair without tokens contributes nothing
-    losses, *_ = LOSSES[loss_type].pair(*ratios, beta, label_smoothing, 0.0)
-    gap = rewards[0] - rewards[1]
-    columns = {
-        "dpo": torch.where(real, losses, 0),
-        "chosen_logps": out.chosen_logps,
-        "rejected_logps": out.rejected_logps,
-        "chosen_rewards": rewards[0],
-        "rejected_rewards": rewards[1],
-        "wins": (gap > 0).to(gap.dtype) + 0.5 * ((gap == 0) & real).to(gap.dtype),
-        "chosen_tokens": chosen_tokens,
-        "rejected_tokens": rejected_tokens,
-        "chosen_mean_logps": out.chosen_logps / chosen_tokens.clamp(min=1),
-        "pairs": torch.ones_like(gap),
-    }
-    if statistics:
-        found = vocabulary_statistics(hidden, weight, labels, **head)
-        columns |= {"measured_chosen": chosen_tokens, "measured_rejected": rejected_tokens}
-        columns["entropy"] = sum(found.entropy.sum(1).chunk(2))
-        columns["chosen_logits"], columns["rejected_logits"] = found.mean_logits.sum(1).chunk(2)
-        columns["top1"] = (found.is_top1 & kept).sum(1).chunk(2)[0]
-    zeros = torch.zeros_like(gap)
-    return out.loss, torch.stack([columns.get(name, zeros).to(gap.dtype) for name in COLUMNS], 1)
-
-
-def _metrics(sums: dict[str, float], args: RPOConfig) -> dict[str, float]:
-    """TRL's metrics of the sums over pairs of all columns."""
-    pairs, chosen, rejected = sums["pairs"], sums["measured_chosen"], sums["measured_rejected"]
-    sft = {
-        "sum": sums["chosen_logps"] / pairs,
-        "sequence_mean": sums["chosen_mean_logps"] / pairs,
-        "token_mean": sums["chosen_logps"] / max(sums["chosen_tokens"], 1),
-    }
-    found = {
-        "loss/dpo": sums["dpo"] / pairs,
-        "loss/sft": -sft[args.sft_reduction],
-        "rewards/chosen": sums["chosen_rewards"] / pairs,
-        "rewards/rejected": sums["rejected_rewards"] / pairs,
-        "rewards/accuracies": sums["wins"] / pairs,
-        "rewards/margins": (sums["chosen_rewards"] - sums["rejected_rewards"]) / pairs,
-        "logps/chosen": sums["chosen_logps"] / pairs,
-        "logps/rejected": sums["rejected_logps"] / pairs,
-    }
-    if chosen + rejected > 0:
-        found |= {
-            "entropy": sums["entropy"] / (chosen + rejected),
-            "logits/chosen": sums["chosen_logits"] / max(chosen, 1),
-            "logits/rejected": sums["rejected_logits"] / max(rejected, 1),
-            "mean_token_accuracy": sums["top1"] / max(chosen, 1),
-        }
-    return found
-
-
 @contextlib.contextmanager
 def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
     own = getattr(module, name)
@@ -413,158 +313,3 @@ def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, own)
-
-
-class _Entropy(torch.autograd.Function):
-    """The entropies (N,) of rows of `hidden`, as statistics: to differentiate them is an error."""
-
-    @staticmethod
-    def forward(ctx, entropy: Tensor, hidden: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return entropy.view_as(entropy)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        if grad is not None:
-            raise RuntimeError(
-                "patch_trl: the entropy is a statistic without a gradient, and this loss takes "
-                "one; call unpatch_trl() to train with an entropy bonus"
-            )
-        return None, None
-
-
-class LinearLogProbs:
-    """`linear_logprobs` in the place of TRL's `ChunkedLogProbFunction`."""
-
-    @staticmethod
-    def apply(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = (),
-    ) -> tuple[Tensor | None, ...]:
-        """Log-probs (N,) of `targets` (N,), and those of TRL's statistics that `outputs` names.
-
-        Log-probs cost 1U forward and 3U backward; any statistics together another 1U forward.
-        """
-        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-        if is_deepspeed_zero3_enabled():
-            raise RuntimeError("patch_trl: expected no DeepSpeed ZeRO-3, which shards the weight")
-        head = {"bias": bias, "logit_scale": logit_scale / temperature}
-        # tanh(s x / c) c / T is tanh((s / T) x / (c / T)) (c / T)
-        if final_logit_softcapping is not None:
-            head["logit_softcap"] = final_logit_softcapping / temperature
-        logps = linear_logprobs(hidden, weight, targets, **head)
-        if not set(outputs) - {"log_probs"}:
-            return logps, None, None, None, None
-        found = vocabulary_statistics(hidden.detach(), weight.detach(), targets, **head)._asdict()
-        found["entropy"] = _Entropy.apply(found["entropy"], hidden)
-        names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-        return logps, *(found[name] if name in outputs else None for name in names)
-
-
-def _everywhere(device: torch.device) -> bool:
-    """In place of TRL's `_use_triton`, which decides where ignored positions are dropped."""
-    return device.type != "neuron"
-
-
-def patch_trl() -> None:
-    """Put `linear_logprobs` under TRL's own losses, for all trainers made before or after.
-
-    DPO, SFT, KTO, GRPO and RLOO of TRL share one head. Losses and all logged statistics stay those
-    of TRL; ignored positions cost nothing, on CPUs too, where TRL computes them.
-
-    Raises:
-        RuntimeError: this version of TRL moved what is patched.
-    """
-    check_trl()
-    utils._ChunkedLogProbFunction = LinearLogProbs
-    utils._use_triton = _everywhere
-
-
-def unpatch_trl() -> None:
-    """Take `patch_trl` back."""
-    from trl.kernels import chunked_logprob
-
-    utils._ChunkedLogProbFunction = chunked_logprob.ChunkedLogProbFunction
-    utils._use_triton = chunked_logprob._use_triton
-
-
-# What is taken from TRL, by name: the parameters it must have.
-PARAMETERS = {
-    "trl.trainer.utils.add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
-    "trl.trainer.dpo_trainer.add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
-    "trl.trainer.sft_trainer.add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
-    "trl.kernels.chunked_logprob.ChunkedLogProbFunction.forward": "ctx hidden weight bias targets "
-    "temperature chunk_size final_logit_softcapping logit_scale outputs",
-    "trl.kernels.chunked_logprob._use_triton": "device",
-    "trl.trainer.utils.use_adapter": "model adapter_name",
-    "trl.models.utils.disable_gradient_checkpointing": "model gradient_checkpointing_kwargs",
-    "trl.trainer.dpo_trainer.DPOTrainer.__init__": "self model ref_model args data_collator "
-    "train_dataset eval_dataset processing_class compute_metrics callbacks optimizers "
-    "quantization_config peft_config",
-    "trl.trainer.dpo_trainer.DPOTrainer.compute_loss": "self model inputs return_outputs "
-    "num_items_in_batch",
-    "trl.trainer.dpo_trainer.DPOTrainer.compute_ref_log_probs": "self model inputs",
-    "trl.trainer.dpo_trainer.DPOTrainer._precompute_ref_logps": "self dataset name batch_size",
-    "trl.trainer.dpo_trainer.DPOTrainer.log": "self logs start_time",
-    "transformers.Trainer._get_num_items_in_batch": "self batch_samples device",
-}
-# Every option of DPOConfig that is TRL's own: one that is new is not known to fit.
-OPTIONS = frozenset(
-    "model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout dataset_num_proc "
-    "max_length truncation_mode padding_free pad_to_multiple_of precompute_ref_log_probs "
-    "precompute_ref_batch_size loss_type loss_weights ld_alpha f_divergence_type "
-    "f_alpha_divergence_coef label_smoothing beta use_weighting discopop_tau activation_offloading "
-    "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps pad_token".split()
-)
-
-
-def _find(path: str) -> object:
-    """The object at a dotted path."""
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError:
-        return getattr(_find(module), name)
-
-
-def check_trl() -> None:
-    """Check that TRL and transformers are as this module knows them.
-
-    Raises:
-        RuntimeError: something that is used, replaced or overridden is gone or has changed.
-    """
-    changed = []
-    for path, wanted in PARAMETERS.items():
-        try:
-            found = " ".join(inspect.signature(_find(path)).parameters)
-        except AttributeError:
-            found = "nothing"
-        if found != wanted:
-            changed.append(f"{path}: expected ({wanted}), got ({found})")
-    own = {f.name for f in fields(DPOConfig)} - {f.name for f in fields(transformers.TrainingArguments)}
-    if own != OPTIONS:
-        changed.append(f"trl.DPOConfig: options {sorted(own ^ OPTIONS)} came or went")
-    names = _names(utils.add_fused_lm_head.__code__)
-    if not {"_ChunkedLogProbFunction", "_use_triton"} <= names:
-        changed.append("trl.trainer.utils.add_fused_lm_head: it no longer calls what is patched")
-    if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
-        changed.append("transformers.Trainer: expected loss_is_scaled_for_ga (5.24 or newer)")
-    if changed:
-        raise RuntimeError(
-            f"rpo_kernels.integrations.trl is built on TRL {BUILT_ON}; TRL {version('trl')} with "
-            f"transformers {version('transformers')} differs: " + "; ".join(changed)
-        )
-
-
-def _names(code: object) -> set[str]:
-    """Global names that a function's code uses, nested functions included."""
-    nested = (_names(x) for x in code.co_consts if hasattr(x, "co_names"))
-    return set(code.co_names).union(*nested)
