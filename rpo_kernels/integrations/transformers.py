@@ -96,8 +96,8 @@ def fuse_lm_head(model: PreTrainedModel) -> PreTrainedModel:
             f"{name}: expected an output layer of type Linear, got {type(head).__name__}"
             " (a quantized or adapted lm_head has no weight to compute with)"
         )
-    if model.base_model is model:
-        raise ValueError(f"{name}: expected a backbone at model.base_model, got none")
+    if backbone_of(model) is model:
+        raise ValueError(f"{name}: expected a backbone at model.base_model or model.model")
     scale, softcap = measure_transform(model)
     model.set_output_embeddings(FusedLMHead(head, scale, softcap))
     kind: Any = type(model)
@@ -124,6 +124,12 @@ def _fused_forward(kind: type[PreTrainedModel]) -> Callable[..., object]:
     return forward
 
 
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head; the model itself if it names none."""
+    own = model.base_model
+    return getattr(model, "model", model) if own is model else own
+
+
 def _run(model: PreTrainedModel, at_head: HeadFunction, args: tuple, kwargs: dict) -> tuple:
     """``at_head`` of the last hidden states, and the backbone's output."""
     kwargs.pop("logits_to_keep", None)
@@ -135,7 +141,7 @@ def _run(model: PreTrainedModel, at_head: HeadFunction, args: tuple, kwargs: dic
             "output_router_logits: expected False with a fused head, which leaves the router's "
             "auxiliary loss out, got True; set it to False in the model's config"
         )
-    output = model.base_model(*args, use_cache=False, return_dict=True, **kwargs)
+    output = backbone_of(model)(*args, use_cache=False, return_dict=True, **kwargs)
     return model.get_output_embeddings()(output.last_hidden_state, at_head), output
 
 
@@ -240,9 +246,9 @@ def measure_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     """
     name, head, seen = type(model).__name__, model.get_output_embeddings(), []
     probe = torch.tensor(PROBE, dtype=torch.float64)
-    probe = torch.stack([probe, probe.flip(0)])[None]  # (1, 2, P): every entry has two places
-    hidden = torch.linspace(-1, 1, 2 * head.in_features).view(1, 2, -1)
-    hidden = hidden.to(device=head.weight.device, dtype=head.weight.dtype)
+    probe = probe.repeat(-(-head.out_features // len(PROBE)))[: head.out_features]
+    probe = torch.stack([probe, probe.flip(0)])[None]  # (1, 2, V): every entry has many places
+    hidden = torch.linspace(-1, 1, 2 * head.in_features).view(1, 2, -1).to(head.weight.dtype)
 
     def run_head(states: Tensor) -> Tensor:
         seen.append(states)
@@ -251,11 +257,19 @@ def measure_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     def run_backbone(*_, **__) -> BaseModelOutputWithPast:
         return _Stub(last_hidden_state=hidden)
 
-    ids = torch.zeros(1, 2, dtype=torch.long, device=hidden.device)
-    with torch.no_grad(), _forward(head, run_head), _forward(model.base_model, run_backbone):
-        logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    with torch.no_grad(), _forward(head, run_head), _forward(backbone_of(model), run_backbone):
+        try:
+            logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
+        except Exception as error:  # of its own code, given stand-ins
+            raise ValueError(f"{name}: cannot measure what it does to logits: {error}") from error
     if len(seen) != 1 or seen[0].shape != hidden.shape or not torch.equal(seen[0], hidden):
         raise ValueError(f"{name}: expected lm_head to get the last hidden states as they are")
+    if logits.shape != probe.shape:
+        raise ValueError(
+            f"{name}: expected logits {tuple(probe.shape)} of lm_head's output of that shape, got "
+            f"{tuple(logits.shape)}"
+        )
     logits = logits.double()
     top = logits[0, 0, 1].item()
     softcap = top if 0 < top < HUGE**0.5 else None
@@ -266,7 +280,7 @@ def measure_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     if not scale > 0 or not torch.allclose(logits, expected, rtol=1e-5, atol=0):
         raise ValueError(
             f"{name}: expected logits of the form softcap(scale * lm_head(hidden)), got a forward "
-            f"that maps {[*PROBE]} to {logits[0, 0].tolist()}"
+            f"that maps {[*PROBE]} to {logits[0, 0, : len(PROBE)].tolist()}"
         )
     return scale, softcap
 

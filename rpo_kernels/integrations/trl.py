@@ -29,6 +29,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
