@@ -62,17 +62,18 @@ def loss_and_table(
     kept = labels != IGNORE
     tokens = kept.sum(1).to(out.chosen_logps.dtype)
     chosen_tokens, rejected_tokens = tokens.chunk(2)
-    rewards = (out.chosen_rewards, out.rejected_rewards)
-    ratios = (x / beta for x in rewards)
-    real = (chosen_tokens + rejected_tokens) > 0  # a pair without tokens contributes nothing
-    losses, *_ = LOSSES[loss_type].pair(*ratios, beta, label_smoothing, 0.0)
-    gap = rewards[0] - rewards[1]
+    real = chosen_tokens + rejected_tokens > 0  # a pair without tokens contributes nothing
+    ratios = (torch.cat([out.chosen_logps, out.rejected_logps]) - ref_logps).view(2, -1) * real
+    gap = ratios[0] - ratios[1]
+    loss = LOSSES[loss_type]
+    compared = ratios / tokens.view(2, -1).clamp(min=1) if loss.mean else ratios
+    losses, *_ = loss.pair(*compared, beta, label_smoothing, 0.0)
     columns = {
-        "dpo": torch.where(real, losses, 0),
+        "dpo": losses * real,
         "chosen_logps": out.chosen_logps,
         "rejected_logps": out.rejected_logps,
-        "chosen_rewards": rewards[0],
-        "rejected_rewards": rewards[1],
+        "chosen_rewards": beta * ratios[0],
+        "rejected_rewards": beta * ratios[1],
         "wins": (gap > 0).to(gap.dtype) + 0.5 * ((gap == 0) & real).to(gap.dtype),
         "chosen_tokens": chosen_tokens,
         "rejected_tokens": rejected_tokens,
