@@ -185,6 +185,7 @@ class RPOTrainer(DPOTrainer):
         self._loss_options = {name: getattr(args, name) for name in LOSS_FIELDS}
         self._loss_options["loss_type"] = args.loss_type[0]
         self._sums: dict[str, Tensor] = {}
+        self.model_accepts_loss_kwargs = True  # before 5.24: `loss_is_scaled_for_ga`
 
     @staticmethod
     def _check_arguments(args: object, options: dict) -> None:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from types import CodeType
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from trl import DPOConfig
 from trl.trainer import utils
 
@@ -79,8 +79,6 @@ def check_trl() -> None:
     names = _names(head.__code__)
     if not {"_ChunkedLogProbFunction", "_use_triton"} <= names:
         changed.append("trl.trainer.utils.add_fused_lm_head: it no longer calls what is patched")
-    if not hasattr(Trainer, "loss_is_scaled_for_ga"):
-        changed.append("transformers.Trainer: expected loss_is_scaled_for_ga (5.24 or newer)")
     if changed:
         raise RuntimeError(
             f"rpo_kernels.integrations.trl is built on TRL {BUILT_ON}; TRL {version('trl')} with "
