@@ -1,8 +1,10 @@
 """Losses of transformers models without logits, against the models' own logits."""
 
 import copy
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +40,7 @@ KINDS = (
     "gpt_neox", "granite", "granitemoe", "llama", "mistral", "mixtral", "olmo", "olmo2", "olmo3",
     "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 OPTIONS = {"beta": 0.3, "eta": 0.5, "sft_reduction": "token_mean"}
 
 
@@ -283,6 +286,16 @@ class Largest(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and "t.default" not in str(function):
                 self.elements = max(self.elements, x.numel())
         return out
+
+
+def test_the_readme_example_runs():
+    model, (ids, mask, labels) = tiny_llama(), batch()
+    (block,) = re.findall(
+        r"```python\n(from rpo_kernels.integrations.transformers .*?)```", README, re.S
+    )
+    scope = {"torch": torch, "model": model, "input_ids": ids, "attention_mask": mask}
+    exec(block, scope | {"labels": labels})
+    assert gradient(model).norm() > 0
 
 
 def test_statistics_make_no_logits():

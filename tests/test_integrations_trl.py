@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,17 @@ from trainer_tiny import (
     gradient,
     record,
     relative,
+    save_tiny,
     tiny_llama,
     tiny_model,
     tiny_policy,
     tiny_tokenizer,
+    write_jsonl,
 )
 from transformers import AutoModelForCausalLM
 
+from benchmarks import report, trl_integration
+from benchmarks.environment import describe
 from trainer.loop import run_step
 from trainer.packing import Step
 from trainer.pairs import IGNORE, Pair, Sequence, Split
@@ -46,6 +51,7 @@ from rpo_kernels.integrations.trl import (  # noqa: E402
 )
 from rpo_kernels.integrations.trl_patch import LinearLogProbs  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[1]
 # Plain gradient descent, whose steps are as close as the gradients are.
 COMMON = {
     "per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 0.01, "optim": "sgd",
@@ -401,6 +407,41 @@ def test_a_new_option_of_trl_is_an_error(monkeypatch, tmp_path):
         RPOConfig(str(tmp_path))
 
 
+def test_the_readme_example_runs(tmp_path, monkeypatch):
+    """Its config as it stands: TRL's defaults, bf16 and gradient checkpointing among them."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "model")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(from rpo_kernels.integrations.trl .*?)```", readme, re.S)
+    scope = {"model": str(tmp_path / "model"), "pairs": rows(3)}
+    exec(block.replace('"out",', '"out", use_cpu=True, report_to=[],'), scope)  # no GPU here
+    assert scope["trainer"].state.global_step == 3 and (tmp_path / "out").exists()
+
+
+def test_the_benchmark_compares_losses_and_gradients(tmp_path):
+    save_tiny(tmp_path / "model")
+    write_jsonl(tmp_path / "trl.jsonl", [record(i) for i in range(6)])
+    base = trl_integration.run(trl_integration.BASE, "float32", tmp_path, 1)
+    runs = {trl_integration.BASE: base}
+    for name in trl_integration.TRAINERS[1:]:
+        runs[name] = trl_integration.run(name, "float32", tmp_path, 1)
+        assert len(runs[name]["seconds"]) == len(runs[name]["losses"]) == 3
+        assert trl_integration.difference(runs[name], base) < 1e-5
+    other = base | {"gradient_norms": [1.01 * x for x in base["gradient_norms"]]}
+    assert trl_integration.difference(other, base) == pytest.approx(0.01)
+    for run in runs.values():
+        run |= {"status": "ok", "median_s": 1.5, "peak_bytes": 2e9, "difference": 0, "agrees": True}
+    runs["RPOTrainer"]["agrees"] = False
+    runs[trl_integration.TRAINERS[1]] = {"status": "failed", "reason": "planted"}
+    lines = trl_integration.table(runs, "float32").splitlines()
+    assert lines[1].startswith("DPOTrainer ") and "failed: planted" in lines[2]
+    assert lines[3].endswith("DISAGREES")
+    document = {"settings": {"pairs": 2, "max_length": 512, "steps": 3}, "file": "x.json"}
+    document |= {"runs": {"float32": runs}, **describe("cpu")}
+    section = report.trl_section(document)
+    assert "| **RPOTrainer, float32** | 1.5 | 1 | 2 | 1 | 0 (disagrees) |" in section
+
+
 def on_ranks(folder, size, passes):
     """The first step's logged values, and evaluation's, whatever the number of processes."""
     fields = {"per_device_train_batch_size": size, "gradient_accumulation_steps": passes}
@@ -411,8 +452,7 @@ def on_ranks(folder, size, passes):
 
 def test_two_processes_train_as_one(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", __file__]
-    root = Path(__file__).resolve().parents[1]
-    paths = {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(
         [*command, str(tmp_path)], env=os.environ | paths, capture_output=True, text=True
     )
