@@ -253,10 +253,11 @@ def test_statistics_are_measured_on_logged_steps_only(tmp_path):
 
 
 def test_reference_log_probs_of_another_truncation_are_computed_anew(tmp_path):
-    """TRL keys its cache by data and model, and truncates later."""
-    train = rows()
-    columns = []
-    fields = {"train": train, "precompute_ref_log_probs": True, "truncation_mode": "keep_end"}
+    """TRL keys its cache, beside data on disk, by data and model, and truncates later."""
+    file = write_jsonl(tmp_path / "pairs.jsonl", [record(i) for i in range(8)])
+    train = datasets.Dataset.from_json(file, cache_dir=str(tmp_path / "cache"))
+    columns, fields = [], {"precompute_ref_log_probs": True, "truncation_mode": "keep_end"}
+    fields |= {"train": train, "processing_class": tiny_tokenizer()}
     for length in (64, 34):
         trainer = made(RPOTrainer, tmp_path, max_length=length, **fields)
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
