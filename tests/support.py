@@ -283,7 +283,7 @@ def value_budget(
     """
     leaves = [x.detach().double().requires_grad_() for x in (exact, *others)]
     number = function(*leaves)
-    slopes = torch.autograd.grad(number, leaves)
+    slopes = torch.autograd.grad(number, leaves, materialize_grads=True)
     terms = number.abs() + sum((s * x).abs().sum() for s, x in zip(slopes, leaves, strict=True))
     off = (slopes[0].abs() * errors.double()).sum()
     return (off + torch.finfo(errors.dtype).eps * terms).item()

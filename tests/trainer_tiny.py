@@ -1,11 +1,17 @@
 """A tokenizer (256 bytes, three special tokens) and a model small enough to train in a test."""
 
+import contextlib
+import copy
 import json
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
+from support import assert_within_plain_budget, value_budget
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -13,6 +19,7 @@ from trainer.config import RunConfig
 from trainer.data import BadRows, check_record
 from trainer.encoding import encode_rows
 from trainer.head import FusedLMHead, fuse_lm_head
+from trainer.loop import METRICS
 from trainer.model import PreferenceModel, loss_options
 from trainer.pairs import IGNORE, Split
 from trainer.ref_cache import Table
@@ -45,6 +52,7 @@ def tiny_tokenizer(chat_template=CHATML, specials=SPECIALS):
     )
 
 
+EPS = torch.finfo(torch.float32).eps
 SIZES = {
     "vocab_size": 259,
     "hidden_size": 32,
@@ -166,36 +174,137 @@ def shifted_reference(count):
     return torch.linspace(-60, -20, 2 * count).view(count, 2)
 
 
-def sequence_logps(model, sequences):
-    """Summed response log-probs by the model's own logits, one sequence at a time."""
-    logps = []
+def token_logps(model, sequences):
+    """Log-probs (S, T) of trained tokens by the model's own logits, one sequence at a time."""
+    rows = []
     for sequence in sequences:
         logits = model(input_ids=torch.as_tensor(sequence.ids)[None]).logits[0]
         labels = torch.as_tensor(sequence.labels).long()
         kept = labels != IGNORE
-        picked = logits.log_softmax(-1)[kept].gather(1, labels[kept, None])
-        logps.append(picked.sum())
-    return torch.stack(logps)
+        rows.append(logits.log_softmax(-1)[kept].gather(1, labels[kept, None])[:, 0])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def sequence_logps(model, sequences):
+    """Summed response log-probs (S,) by the model's own logits."""
+    return token_logps(model, sequences).sum(1)
+
+
+def sides(pairs):
+    """Sequences of pairs, (2B,), chosen first."""
+    return [getattr(pair, name) for name in ("chosen", "rejected") for pair in pairs]
 
 
 def rpo_by_hand(model, pairs, ref_logps, config):
     """The loss of pairs on materialized logits, one sequence at a time."""
-    columns = ([getattr(pair, name) for pair in pairs] for name in ("chosen", "rejected"))
-    logps = torch.stack([sequence_logps(model, sequences) for sequences in columns], 1)
+    logps = sequence_logps(model, sides(pairs)).view(2, -1).T
     return rpo_loss_by_hand(logps, pairs, ref_logps, config)
 
 
 def rpo_loss_by_hand(logps, pairs, ref_logps, config):
     """The paper's loss (B pairs) of summed log-probs (B, 2) and the reference's (B, 2)."""
-    chosen, rejected = logps.unbind(1)
+    return metrics_by_hand(logps, pairs, ref_logps, config)["loss"]
+
+
+def metrics_by_hand(logps, pairs, ref_logps, config):
+    """The paper's loss, and what is logged beside it, of B pairs.
+
+    logps: (B, 2), summed; ref_logps: (B, 2).
+    """
+    (chosen, rejected), beta = logps.unbind(1), config.beta
     lengths = torch.tensor([float(pair.chosen.trained_tokens) for pair in pairs])
-    margin = config.beta * ((chosen - ref_logps[:, 0]) - (rejected - ref_logps[:, 1]))
+    rewards = beta * (logps - ref_logps)
+    margin = rewards[:, 0] - rewards[:, 1]
     weight, sft = {
-        "sum": (config.eta * config.beta, -chosen.mean()),
+        "sum": (config.eta * beta, -chosen.mean()),
         "sequence_mean": (config.eta, -(chosen / lengths).mean()),
         "token_mean": (config.eta, -chosen.sum() / lengths.sum()),
     }[config.sft_reduction]
-    return -logsigmoid(margin).mean() + weight * sft
+    dpo = -logsigmoid(margin).mean()
+    return {
+        "loss": dpo + weight * sft,
+        "loss/dpo": dpo,
+        "loss/sft": sft,
+        "rewards/margins": margin.mean(),
+        "rewards/chosen": rewards[:, 0].mean(),
+        "rewards/rejected": rewards[:, 1].mean(),
+        "logps/chosen": chosen.mean(),
+        "logps/rejected": rejected.mean(),
+        "logps/chosen_delta": (chosen - ref_logps[:, 0]).mean(),
+    }
+
+
+@contextlib.contextmanager
+def in_float64():
+    """Models cast to float32 where they must not lose accuracy; here they cast to float64."""
+    with mock.patch.object(torch, "float32", torch.float64):
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+            yield
+
+
+def both_precisions(model, sequences):
+    """`token_logps` of a float32 model, plainly and in float64, both with their graph."""
+    exact, plain = copy.deepcopy(model), copy.deepcopy(model)
+    for parameter in exact.parameters():
+        parameter.data = parameter.data.double()
+    for one in (exact, plain):
+        one.zero_grad()
+    logps = token_logps(plain, sequences)
+    with in_float64():
+        return (plain, logps), (exact, token_logps(exact, sequences))
+
+
+@torch.no_grad()
+def logps_budgets(model, sequences):
+    """The true summed log-probs (S,) of a float32 model, and how far a run's may be off: twice
+    the plain errors, token by token, plus one eps of the sums' terms."""
+    (_, plain), (_, exact) = both_precisions(model, sequences)
+    budgets = 2 * (plain.double() - exact).abs().sum(1) + EPS * exact.abs().sum(1)
+    return exact.sum(1), budgets
+
+
+def margin_budget(model, pairs):
+    """How far the mean margin of log-probs may lie from 0 where both are the model's own: the
+    policy's and the reference's, of the chosen and of the rejected responses."""
+    return 2 * logps_budgets(model, sides(pairs))[1].sum().item() / len(pairs)
+
+
+class TrueStep(NamedTuple):
+    """A step by hand in float64, and how far one in float32 may be off: the plain budget."""
+
+    metrics: dict[str, float]
+    budgets: dict[str, float]
+    gradient: Tensor
+    plain: Tensor
+    """The gradient of the plain float32 expression."""
+
+
+def true_step(model, pairs, ref_logps, config):
+    """`TrueStep` of B pairs on a float32 model's own logits; ref_logps: (B, 2)."""
+    found = both_precisions(model, sides(pairs))
+    for _, logps in found:
+        sums = logps.sum(1).view(2, -1).T
+        rpo_loss_by_hand(sums, pairs, ref_logps.to(sums.dtype), config).backward()
+    (plain, rough), (exact, logps) = ((one, logps.detach()) for one, logps in found)
+    errors, values, budgets = (2 * (rough.double() - logps).abs()).float(), {}, {}
+    for name in metrics_by_hand(sums, pairs, ref_logps, config):
+
+        def value(logps, ref, name=name):
+            return metrics_by_hand(logps.sum(1).view(2, -1).T, pairs, ref, config)[name]
+
+        values[name] = value(logps, ref_logps.double()).item()
+        budgets[name] = value_budget(value, errors, logps, ref_logps)
+    return TrueStep(values, budgets, gradient(exact), gradient(plain))
+
+
+def assert_is_step(values, grad, truth):
+    """`METRICS` of a step, or its loss alone, and its gradient within their budgets."""
+    for name, value in zip(METRICS, torch.as_tensor(values).reshape(-1).tolist(), strict=False):
+        if name in truth.metrics:
+            gap, budget = abs(value - truth.metrics[name]), truth.budgets[name]
+            assert gap <= budget, f"{name}: off by {gap:.3e}, budget {budget:.3e}"
+    one = [{"gradient": x} for x in (grad, truth.plain, truth.gradient)]
+    assert_within_plain_budget(*one)
 
 
 def gradient(model):
