@@ -182,8 +182,9 @@ def linear_logprobs(
             it.
         RuntimeError: ``backend="triton"`` cannot run here.
     """
-    checks.check_head(hidden, weight, targets, bias, logit_scale, logit_softcap, ignore_index)
-    checks.check_run(backend, max_workspace_mb, grad_tolerance)
+    head = (hidden, weight, targets, bias, logit_scale, logit_softcap, ignore_index)
+    checks.check_head(*head, labels_name="targets")
+    checks.check_run(backend, max_workspace_mb, grad_tolerance, validate)
     rows, labels = _flat(hidden, targets)
     dtype, max_bytes = _compute_dtype(hidden, weight), _workspace(hidden, max_workspace_mb)
     if grad_tolerance:
@@ -296,7 +297,7 @@ def fused_rpo_loss(
         RuntimeError: ``backend="triton"`` cannot run here.
     """
     checks.check_head(hidden, weight, labels, bias, logit_scale, logit_softcap, ignore_index)
-    checks.check_run(backend, max_workspace_mb, grad_tolerance, strategy)
+    checks.check_run(backend, max_workspace_mb, grad_tolerance, validate, strategy)
     checks.check_normalizers(num_pairs, num_chosen_tokens)
     rows, flat_labels, cu_seqlens = _sequences(hidden, labels, cu_seqlens)
     sequences = cu_seqlens.shape[0] - 1
@@ -375,7 +376,7 @@ def fused_preference_loss(
             function cannot be part of an operator; ``"auto"`` recomputes there).
     """
     checks.check_head(hidden, weight, labels, bias, logit_scale, logit_softcap, ignore_index)
-    checks.check_run(backend, max_workspace_mb, grad_tolerance, strategy)
+    checks.check_run(backend, max_workspace_mb, grad_tolerance, validate, strategy)
     checks.check_normalizers(num_pairs, None)
     checks.check_loss_fn(loss_fn)
     rows, flat_labels, cu_seqlens = _sequences(hidden, labels, cu_seqlens)

@@ -119,9 +119,10 @@ def keep_rows(
     offsets = flat[: given.shape[0]]
     if validate:
         low, high, *ends_given = flat[given.shape[0] :]
+        name = "targets" if cu_seqlens is None else "labels"  # the public functions' argument
         if low < 0 or high >= vocab:
             raise ValueError(
-                f"labels: expected values in [0, {vocab}) or ignore_index={ignore_index}, got "
+                f"{name}: expected values in [0, {vocab}) or ignore_index={ignore_index}, got "
                 f"values from {low} to {high}; mask padding with ignore_index and check that "
                 "weight covers the tokenizer's vocabulary"
             )
