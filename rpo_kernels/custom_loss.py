@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rpo_kernels.backends import select
+from rpo_kernels.backends import choose_backend
 from rpo_kernels.checks import check_leaves, pair_losses
 from rpo_kernels.engines import streaming
 from rpo_kernels.ops import ONCE, sequence_sums, times
@@ -23,7 +23,7 @@ class CustomLoss(torch.autograd.Function):
         """Run one sweep; keep the gradients."""
         ignore_index, scale, softcap, dtype, validate = layer
         tolerance, max_bytes, backend = run
-        module = select(backend, hidden)
+        module = choose_backend(backend, hidden)
         rows, offsets = keep_rows(labels, weight.shape[0], ignore_index, validate, cu_seqlens)
         count = len(offsets) // 2
         lengths = labels.new_tensor(offsets).diff().view(2, count)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rpo_kernels.backends import select
+from rpo_kernels.backends import choose_backend
 from rpo_kernels.engines import recompute, streaming
 from rpo_kernels.engines.skipping import BLOCK
 from rpo_kernels.losses import total_terms
@@ -105,7 +105,7 @@ def linear_logprobs(
     Returns ``logps (M,)`` and ``norm (M, 2)`` (see `recompute`), both 0 where ignored, and the
     vocabulary entries that backward keeps, chosen per sequence of `cu_seqlens` (S + 1,) if given.
     """
-    module = select(backend, hidden)
+    module = choose_backend(backend, hidden)
     rows, offsets = keep_rows(targets, weight.shape[0], ignore_index, validate, cu_seqlens)
     head = Head(weight, bias, Transform(scale, softcap), dtype, max_bytes // 8)
     logps, norm, keep, _ = _log_probs(
@@ -150,7 +150,7 @@ def linear_logprobs_backward(
     """Gradients for hidden, weight and bias (empty where not needed); rows without gradient cost
     nothing.
     """
-    module = select(backend, hidden)
+    module = choose_backend(backend, hidden)
     head = Head(weight, bias, Transform(scale, softcap), dtype, max_bytes // 8)
     wanted = (needs[0], needs[1], needs[2])
     if tolerance:
@@ -257,7 +257,7 @@ def preference_loss(
     streamed; else, to recompute from, ``logps (M,)``, ``norm (M, 2)``, ``d loss / d logps`` (M,),
     and the vocabulary entries that backward keeps.
     """
-    module = select(backend, hidden)
+    module = choose_backend(backend, hidden)
     rows, offsets = keep_rows(labels, weight.shape[0], ignore_index, validate, cu_seqlens)
     count = len(offsets) // 2
     norms = (float(num_pairs or max(count, 1)), float(num_chosen_tokens or max(offsets[count], 1)))

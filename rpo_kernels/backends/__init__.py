@@ -17,7 +17,7 @@ from torch import Tensor
 BACKENDS = ("auto", "triton", "torch")
 
 
-def select(name: str, hidden: Tensor) -> ModuleType:
+def choose_backend(name: str, hidden: Tensor) -> ModuleType:
     """Return the backend module for tensors like `hidden` (any shape).
 
     ``auto`` is Triton for half and single precision on a GPU where Triton is installed, and torch
