@@ -1,5 +1,5 @@
-"""Which rows count: ignored labels are dropped before the first matmul, with one device
-synchronization a call.
+"""Which rows count, and to which sequence they belong: ignored labels are dropped before the first
+matmul, with one device synchronization a call.
 """
 
 from __future__ import annotations
@@ -83,6 +83,21 @@ def check_offsets(offsets: list[int], rows: int) -> None:
             f"cu_seqlens: expected offsets that rise from 0 to {rows} (the rows of hidden), got "
             f"first {offsets[0]}, last {offsets[-1]}, smallest step {min(steps, default=0)}"
         )
+
+
+def sum_sequences(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sums (S,) of `values` (N,) over the sequences that `offsets` (S + 1,) int64 delimit: in
+    float64 and a fixed order, then rounded, as reference log-probs are that somebody stored.
+    """
+    sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0.0)
+    return sums.to(values.dtype)
+
+
+def count_tokens(labels: Tensor, ignore_index: int, cu_seqlens: Tensor) -> Tensor:
+    """Kept labels (M,) of every sequence that `cu_seqlens` (S + 1,) delimits: (S,) int64."""
+    kept = labels != ignore_index
+    ends = torch.cat([cu_seqlens.new_zeros(1), kept.cumsum(0)])  # traced: nothing in place
+    return ends[cu_seqlens.long()].diff()
 
 
 def keep_rows(

@@ -24,7 +24,7 @@ from support import (
     workspace_for,
 )
 
-from rpo_kernels import api, fused_preference_loss, fused_rpo_loss, linear_logprobs, ops, reference
+from rpo_kernels import api, fused_preference_loss, fused_rpo_loss, linear_logprobs, ops, oracle
 from rpo_kernels.engines import recompute, streaming
 
 ROOT = Path(__file__).parent.parent
@@ -255,11 +255,11 @@ def test_autocast_is_the_bfloat16_computation(kind, hidden_dtype, panels):
     rounded = {name: found[name].bfloat16() for name in ("hidden", "weight")}
     if not panels:
         assert_same_within_rounding(rounded, {name: want[name] for name in rounded}, rounds=1)
-    truth_function = {"logprobs": reference.linear_logprobs}.get(kind)
+    truth_function = {"logprobs": oracle.linear_logprobs}.get(kind)
     if truth_function is None:
         options = {"eta": 0.1}
         truth = differentiate(
-            lambda p: reference.rpo_loss(*p[:3], p.ref_logps, **options), double(half)
+            lambda p: oracle.rpo_loss(*p[:3], p.ref_logps, **options), double(half)
         )
         plain = differentiate(lambda p: plain_rpo_loss(*p[:3], p.ref_logps, **options), half)
         del truth["out"], plain["out"]

@@ -24,7 +24,7 @@ from support import (
     workspace_for,
 )
 
-from rpo_kernels import fused_preference_loss, fused_rpo_loss, linear_logprobs, reference
+from rpo_kernels import fused_preference_loss, fused_rpo_loss, linear_logprobs, oracle
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +63,7 @@ def test_logprobs(dtype, bias, options):
     upstream = torch.randn(70, dtype=torch.float64, device=DEVICE)
     found = differentiate(logprobs(linear_logprobs, **on_triton, **options), problem, upstream)
     plain = differentiate(logprobs(plain_logprobs, **options), problem, upstream)
-    exact = logprobs(reference.linear_logprobs, **options)
+    exact = logprobs(oracle.linear_logprobs, **options)
     assert_within_plain_budget(found, plain, differentiate(exact, double(problem), upstream))
 
 
@@ -77,7 +77,7 @@ def test_loss(dtype, strategy, room):
     problem = on_device(problem)
     ours = rpo(fused_rpo_loss, strategy=strategy, max_workspace_mb=room, **on_triton)
     found, plain = differentiate(ours, problem), differentiate(rpo(plain_rpo_loss), problem)
-    truth = differentiate(rpo(reference.rpo_loss), double(problem))
+    truth = differentiate(rpo(oracle.rpo_loss), double(problem))
     assert_within_plain_budget(found, plain, truth)
 
 
