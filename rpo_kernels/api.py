@@ -10,7 +10,6 @@ None of them ever holds logits: memory beyond inputs and gradients is bounded by
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,15 +18,10 @@ from torch import Tensor
 
 from rpo_kernels import checks, ops
 from rpo_kernels.custom_loss import CustomLoss
-from rpo_kernels.engines.panel import capacity
-from rpo_kernels.engines.skipping import BLOCK
 from rpo_kernels.losses import sft_weight
 from rpo_kernels.rows import count_tokens
-from rpo_kernels.spec import Objective, Settings, normalizer
-
-CPU_WORKSPACE_MB = 512
-GPU_WORKSPACE_MB = 1024
-ACCUMULATOR_SHARE = 4  # "auto" streams split pairs while the accumulators fit this many workspaces
+from rpo_kernels.spec import Objective, normalizer
+from rpo_kernels.strategy import choose_settings, resolve_strategy
 
 
 class RPOOutput(NamedTuple):
@@ -60,47 +54,6 @@ class RPOOutput(NamedTuple):
     """(), share of dlogits' L1 mass certified as left out, at most `grad_tolerance`."""
 
 
-def _workspace(hidden: Tensor, max_workspace_mb: float | None) -> int:
-    default = CPU_WORKSPACE_MB if hidden.device.type == "cpu" else GPU_WORKSPACE_MB
-    return int((default if max_workspace_mb is None else max_workspace_mb) * 2**20)
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
-
-
-def _settings(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float | None,
-    validate: bool,
-    grad_tolerance: float,
-    max_workspace_mb: float | None,
-    strategy: str,
-    backend: str,
-) -> Settings:
-    """How to run one call, from the arguments that all three functions share."""
-    grads = torch.is_grad_enabled()
-    return Settings(
-        ignore_index=ignore_index,
-        scale=float(logit_scale),
-        softcap=logit_softcap,
-        dtype=_compute_dtype(hidden, weight),
-        validate=validate,
-        tolerance=float(grad_tolerance),
-        max_bytes=_workspace(hidden, max_workspace_mb),
-        strategy=strategy,
-        backend=backend,
-        needs=[t is not None and t.requires_grad and grads for t in (hidden, weight, bias)],
-    )
-
-
 def _flat(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.reshape(-1, hidden.shape[-1]).contiguous(), labels.reshape(-1).long()
 
@@ -114,46 +67,6 @@ def _sequences(
         count, length = hidden.shape[:2]
         cu_seqlens = torch.arange(count + 1, device=hidden.device) * length
     return *_flat(hidden, labels), cu_seqlens
-
-
-def _resolved(settings: Settings, weight: Tensor, rows: int, sequences: int) -> Settings:
-    """Resolve the strategy "auto" by the rule that stands in `fused_rpo_loss`, and see that the
-    workspace suffices.
-    """
-    (vocab, width), max_bytes, dtype = weight.shape, settings.max_bytes, settings.dtype
-    room = capacity(vocab, width, dtype.itemsize, max_bytes)
-    if settings.strategy == "stream" and room < 1:
-        raise ValueError(
-            f"max_workspace_mb: strategy='stream' expected room for one row of the vocabulary "
-            f"({vocab}), got {max_bytes / 2**20:.1f} MiB; raise it or use strategy='recompute'"
-        )
-    split = settings.needs[1] and rows > room  # a pair may need accumulators
-    rounds = split and dtype.itemsize < 4 and weight.device.type == "cpu"
-    heavy = split and 8 * vocab * width > ACCUMULATOR_SHARE * max_bytes
-    thin = room < min(rows, 256)
-    if settings.strategy == "auto":
-        slow = dtype == torch.float16 or thin or rounds or heavy
-        settings = settings._replace(strategy="recompute" if slow else "stream")
-    if settings.strategy == "recompute" and settings.tolerance:
-        _check_blocks(room, rows, sequences, vocab, max_bytes)
-    return settings
-
-
-def _check_blocks(room: int, rows: int, sequences: int, vocab: int, max_bytes: int) -> None:
-    """What skipping needs when gradients are recomputed: a block of rows in the workspace, and a
-    mask of what each block keeps that is no larger.
-    """
-    if math.prod(ops.kept_shape(rows, sequences, vocab, tolerance=1.0)) > max_bytes:
-        raise ValueError(
-            f"max_workspace_mb: grad_tolerance > 0 with gradients recomputed expected room for its "
-            f"mask, ({rows} rows / {BLOCK} + {sequences} sequences) x {vocab} bytes, got "
-            f"{max_bytes / 2**20:.1f} MiB; raise it, or use strategy='stream' or grad_tolerance=0"
-        )
-    if room < BLOCK:
-        raise ValueError(
-            f"max_workspace_mb: grad_tolerance > 0 expected room for {BLOCK} rows of the vocabulary"
-            f" ({vocab}), got {max_bytes / 2**20:.1f} MiB; raise it or use grad_tolerance=0"
-        )
 
 
 def linear_logprobs(
@@ -209,13 +122,13 @@ def linear_logprobs(
     head = (hidden, weight, targets, bias, logit_scale, logit_softcap, ignore_index)
     checks.check_head(*head, labels_name="targets")
     checks.check_run(backend, max_workspace_mb, grad_tolerance, validate)
-    settings = _settings(
+    settings = choose_settings(
         hidden, weight, bias, ignore_index=ignore_index, logit_scale=logit_scale,
         logit_softcap=logit_softcap, validate=validate, grad_tolerance=grad_tolerance,
         max_workspace_mb=max_workspace_mb, strategy="recompute", backend=backend,
     )  # fmt: skip
     rows, labels = _flat(hidden, targets)
-    settings = _resolved(settings, weight, rows.shape[0], sequences=1)
+    settings = resolve_strategy(settings, weight, rows.shape[0], sequences=1)
     logps, *_ = ops.linear_logprobs(rows, weight, bias, labels, None, *settings)
     return logps.view(targets.shape)
 
@@ -327,12 +240,12 @@ def fused_rpo_loss(
         loss_type, beta, eta, label_smoothing, sft_reduction, scale_eta_by_beta, simpo_gamma
     )
     checks.check_reference(loss_type, ref_logps, sequences, hidden)
-    settings = _settings(
+    settings = choose_settings(
         hidden, weight, bias, ignore_index=ignore_index, logit_scale=logit_scale,
         logit_softcap=logit_softcap, validate=validate, grad_tolerance=grad_tolerance,
         max_workspace_mb=max_workspace_mb, strategy=strategy, backend=backend,
     )  # fmt: skip
-    settings = _resolved(settings, weight, rows.shape[0], sequences)
+    settings = resolve_strategy(settings, weight, rows.shape[0], sequences)
     objective = Objective(
         loss_type=loss_type,
         beta=float(beta),
@@ -413,12 +326,12 @@ def fused_preference_loss(
                 "got 'stream'"
             )
         strategy = "recompute"
-    settings = _settings(
+    settings = choose_settings(
         hidden, weight, bias, ignore_index=ignore_index, logit_scale=logit_scale,
         logit_softcap=logit_softcap, validate=validate, grad_tolerance=grad_tolerance,
         max_workspace_mb=max_workspace_mb, strategy=strategy, backend=backend,
     )  # fmt: skip
-    settings = _resolved(settings, weight, rows.shape[0], 2 * pairs)
+    settings = resolve_strategy(settings, weight, rows.shape[0], 2 * pairs)
     if settings.strategy == "stream":
         return CustomLoss.apply(
             rows, weight, bias, flat_labels, cu_seqlens, loss_fn, norm, settings

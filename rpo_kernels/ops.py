@@ -24,6 +24,7 @@ from torch import Tensor
 from rpo_kernels.backends import choose_backend
 from rpo_kernels.engines import recompute, streaming
 from rpo_kernels.engines.skipping import BLOCK
+from rpo_kernels.engines.terms import Saved
 from rpo_kernels.losses import total_terms
 from rpo_kernels.rows import check_offsets, keep_rows, sum_sequences
 from rpo_kernels.spec import Objective, Settings, accumulator_dtype, schema
@@ -152,7 +153,7 @@ def linear_logprobs_backward(
     settings = Settings(*given)
     backend, head = choose_backend(settings.backend, hidden), settings.head(weight, bias)
     vocab, ignore_index = weight.shape[0], settings.ignore_index
-    saved = recompute.Saved(grad, logps, norm)
+    saved = Saved(grad, logps, norm)
     if settings.tolerance:
         rows, offsets = keep_rows(targets, vocab, ignore_index, False, cu_seqlens)
         found = recompute.backward_skipping(

@@ -24,8 +24,9 @@ from support import (
     workspace_for,
 )
 
-from rpo_kernels import api, fused_preference_loss, fused_rpo_loss, linear_logprobs, ops, oracle
+from rpo_kernels import fused_preference_loss, fused_rpo_loss, linear_logprobs, ops, oracle
 from rpo_kernels.engines import recompute, streaming
+from rpo_kernels.strategy import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
 
 ROOT = Path(__file__).parent.parent
 STRATEGIES = ("recompute", "stream")
@@ -421,4 +422,4 @@ def test_auto_on_cpu_is_the_torch_backend():
     assert_close_bits(
         differentiate(rpo(backend="auto"), problem), differentiate(rpo(backend="torch"), problem)
     )
-    assert api.CPU_WORKSPACE_MB == 512 and api.GPU_WORKSPACE_MB == 1024  # as documented
+    assert CPU_WORKSPACE_MB == 512 and GPU_WORKSPACE_MB == 1024  # as documented

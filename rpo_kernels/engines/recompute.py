@@ -25,14 +25,12 @@ where hidden is half.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from rpo_kernels.backends import Backend
 from rpo_kernels.engines import skipping
-from rpo_kernels.engines.matmul import matmul_into, put_targets_, row_factors, row_sizes, scale_of
+from rpo_kernels.engines.matmul import matmul_into
 from rpo_kernels.engines.panel import (
     LN2,
     capacity,
@@ -44,11 +42,11 @@ from rpo_kernels.engines.panel import (
     slack,
     starts_exact,
     stride,
-    target_entry,
     with_exact_targets,
 )
+from rpo_kernels.engines.terms import Saved, terms_of
 from rpo_kernels.rows import Rows
-from rpo_kernels.spec import Head, Transform, accumulator_dtype, gathered_rows
+from rpo_kernels.spec import Head, accumulator_dtype, gathered_rows
 
 
 def forward(
@@ -167,85 +165,6 @@ def _shape(
     return n, min(vocab, p)
 
 
-class Saved(NamedTuple):
-    """What backward gets of the M rows given."""
-
-    grad: Tensor
-    """(M,) upstream gradient."""
-    logps: Tensor
-    """(M,), as `forward` found them."""
-    norm: Tensor
-    """(M, 2), likewise."""
-
-
-class Chunk(NamedTuple):
-    """Rows in flight: all that their panels and matmuls need."""
-
-    h: Tensor
-    """(n, D), in the matmuls' dtype."""
-    scaled: Tensor
-    """(n, D), ``coef * h``."""
-    coef: Tensor
-    """(n,), see `Terms`, in the matmuls' dtype."""
-    targets: Tensor
-    """(n,)"""
-    shift: Tensor
-    entry: Tensor
-
-    def panel(
-        self,
-        out: Tensor,
-        v0: int,
-        weight: Tensor,
-        bias: Tensor | None,
-        transform: Transform,
-        backend: Backend,
-        max_bytes: int = 2**24,
-    ) -> Tensor:
-        """Fill `out` (p, n) with E of the entries `weight` (p, D), `bias` (p,) from `v0` on."""
-        h, shift, targets = self.h, self.shift, self.targets
-        backend.exp_panel(h, weight, bias, shift, targets, v0, transform, out, max_bytes=max_bytes)
-        put_targets_(out, targets, v0, self.entry)
-        return out
-
-
-class Terms(NamedTuple):
-    """What the N kept rows bring to backward, each (N,) but `scale` ()."""
-
-    targets: Tensor
-    shift: Tensor
-    entry: Tensor
-    """E of the targets."""
-    factor: Tensor
-    """``-g / S``, for the rows of dH."""
-    coef: Tensor
-    """``-g / S`` over `scale`, for the rows of H in matmuls: no denormals."""
-    scale: Tensor
-
-    def chunk(self, h: Tensor, where: slice | Tensor, dtype: torch.dtype) -> Chunk:
-        """The rows `where`, whose hidden states are `h` (n, D), for matmuls in `dtype`."""
-        h, coef = h.to(dtype), self.coef[where]
-        scaled = (h * coef[:, None]).to(dtype)
-        rows = self.targets[where], self.shift[where], self.entry[where]
-        return Chunk(h, scaled, coef.to(dtype), *rows)
-
-
-def _terms(saved: Saved, hidden: Tensor, rows: Rows, head: Head) -> Terms:
-    total = rows.targets.shape[0]
-    grad, logps, norm = (rows.take(x, 0, total) for x in saved)
-    shift, sums = norm.unbind(1)
-    sizes = row_sizes(hidden, head)
-    scale = scale_of(grad, None if sizes is None else rows.take(sizes, 0, total))
-    return Terms(
-        rows.targets,
-        shift,
-        target_entry(logps, shift, sums, head.transform),
-        -grad / sums,
-        row_factors(grad, scale, sums),
-        scale,
-    )
-
-
 def backward(
     saved: Saved,
     hidden: Tensor,
@@ -267,7 +186,7 @@ def backward(
     need_h, need_w, need_b = needs
     (total, width), vocab = (rows.targets.shape[0], hidden.shape[1]), head.weight.shape[0]
     acc_dtype = accumulator_dtype(head.dtype)
-    terms = _terms(saved, hidden, rows, head)
+    terms = terms_of(saved, hidden, rows, head)
     n, p = _shape(total, vocab, width, head.dtype.itemsize, max_bytes, hidden.device.type == "cpu")
     d_rows = rows.accumulator(hidden, acc_dtype) if need_h else None
     blank = torch.empty_like if total else torch.zeros_like
@@ -324,7 +243,7 @@ def backward_skipping(
     need_h, need_w, need_b = needs
     acc = accumulator_dtype(head.dtype)
     size = gathered_rows(hidden.shape[1], head.dtype.itemsize)
-    terms = _terms(saved, hidden, rows, head)
+    terms = terms_of(saved, hidden, rows, head)
     d_rows = rows.accumulator(hidden, acc) if need_h else None
     d_weight = torch.zeros_like(head.weight, dtype=acc) if need_w else None
     d_bias = torch.zeros_like(head.weight[:, 0], dtype=acc) if need_b else None
