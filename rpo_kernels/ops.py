@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rpo_kernels.backends import choose_backend
 from rpo_kernels.engines import recompute, streaming
-from rpo_kernels.engines.skipping import BLOCK
+from rpo_kernels.engines.skipping import mask_shape
 from rpo_kernels.engines.terms import Saved
 from rpo_kernels.losses import total_terms
 from rpo_kernels.rows import check_offsets, keep_rows, sum_sequences
@@ -70,13 +70,6 @@ def times(grads: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]
     return [x if x is None else x.mul_(factor) if last else x * factor for x in grads]
 
 
-def kept_shape(rows: int, sequences: int, vocab: int, tolerance: float) -> tuple[int, int]:
-    """Shape of the mask that `recompute.forward_skipping` leaves for backward; room for any rows
-    kept.
-    """
-    return (rows // BLOCK + sequences + 1, vocab) if tolerance else (0, vocab)
-
-
 def _empty_grads(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> list[Tensor]:
@@ -97,7 +90,7 @@ def _log_probs(hidden, rows, offsets, head, backend, settings):
     masses.
     """
     sequences, vocab = len(offsets) - 1, head.weight.shape[0]
-    shape = kept_shape(hidden.shape[0], sequences, vocab, settings.tolerance)
+    shape = mask_shape(hidden.shape[0], sequences, vocab, settings.tolerance)
     keep = hidden.new_zeros(shape, dtype=torch.bool)
     if not settings.tolerance:
         return *recompute.forward(hidden, rows, head, backend, settings.max_bytes), keep, None
@@ -129,7 +122,7 @@ def _(hidden, weight, bias, targets, cu_seqlens, *given):
     settings = Settings(*given)
     logps = hidden.new_empty(targets.shape, dtype=accumulator_dtype(settings.dtype))
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = kept_shape(hidden.shape[0], sequences, weight.shape[0], settings.tolerance)
+    shape = mask_shape(hidden.shape[0], sequences, weight.shape[0], settings.tolerance)
     norm = logps.new_empty(*targets.shape, 2)
     return logps, norm, hidden.new_empty(shape, dtype=torch.bool)
 
@@ -281,7 +274,7 @@ def _(hidden, weight, bias, labels, cu_seqlens, ref_logps, *given):
     if settings.strategy == "stream":
         saved = [*_empty_grads(hidden, weight, bias, settings.needs), hidden.new_empty(0)]
     else:
-        shape = kept_shape(hidden.shape[0], sequences, weight.shape[0], settings.tolerance)
+        shape = mask_shape(hidden.shape[0], sequences, weight.shape[0], settings.tolerance)
         saved = [pairs.new_empty(*labels.shape, *more) for more in ((), (2,), ())]
         saved.append(hidden.new_empty(shape, dtype=torch.bool))
     return pairs.new_empty(()), pairs.new_empty(3), pairs, *saved

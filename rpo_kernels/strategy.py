@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from rpo_kernels.engines.panel import capacity
-from rpo_kernels.engines.skipping import BLOCK
-from rpo_kernels.ops import kept_shape
+from rpo_kernels.engines.skipping import BLOCK, mask_shape
 from rpo_kernels.spec import Settings
 
 CPU_WORKSPACE_MB = 512
@@ -92,7 +91,7 @@ def _check_blocks(room: int, rows: int, sequences: int, vocab: int, max_bytes: i
     """What skipping needs when gradients are recomputed: a block of rows in the workspace, and a
     mask of what each block keeps that is no larger.
     """
-    if math.prod(kept_shape(rows, sequences, vocab, tolerance=1.0)) > max_bytes:
+    if math.prod(mask_shape(rows, sequences, vocab, tolerance=1.0)) > max_bytes:
         raise ValueError(
             f"max_workspace_mb: grad_tolerance > 0 with gradients recomputed expected room for its "
             f"mask, ({rows} rows / {BLOCK} + {sequences} sequences) x {vocab} bytes, got "

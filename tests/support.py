@@ -178,7 +178,7 @@ def plain_rpo_loss(*args, **options) -> Tensor:
 
 
 def loss_of_logps(logps: Tensor, problem: Problem, **options) -> Tensor:
-    """The loss of design section 1 from log-probs (2B, T) of tokens."""
+    """The oracle's loss from log-probs (2B, T) of tokens."""
     with mock.patch.object(oracle, "linear_logprobs", lambda *_, **__: logps):
         return oracle.rpo_loss(
             problem.hidden, problem.weight, problem.labels, problem.ref_logps, **options

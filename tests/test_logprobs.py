@@ -1,4 +1,4 @@
-"""`linear_logprobs`: values and gradients against float64, within the budget of design section 5.1.
+"""`linear_logprobs`: values and gradients against float64, within the plain budget (`support`).
 
 Memory that `torch.empty` returns is poisoned with NaN throughout.
 """

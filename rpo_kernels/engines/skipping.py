@@ -31,6 +31,13 @@ def split_rows(edges: list[int]) -> list[tuple[int, int]]:
     ]
 
 
+def mask_shape(rows: int, sequences: int, vocab: int, tolerance: float) -> tuple[int, int]:
+    """Shape (blocks, V) of the mask of kept entries that `recompute` leaves for backward: known
+    before the rows are counted, so with room for the blocks of any rows kept.
+    """
+    return (rows // BLOCK + sequences + 1, vocab) if tolerance else (0, vocab)
+
+
 def choose_entries(
     panel: Tensor,
     sums: Tensor,
