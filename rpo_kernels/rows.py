@@ -125,6 +125,7 @@ def keep_rows(
     ends = torch.zeros(rows + 1, dtype=torch.int64, device=targets.device)
     torch.cumsum(kept, 0, out=ends[1:])
     given = targets.new_tensor([0, rows]) if cu_seqlens is None else cu_seqlens.long()
+    # wrong offsets must not index out of range: they are refused below, once all is on the host
     facts = [ends[given.clamp(0, rows)]]
     if validate:
         inside = torch.where(kept, targets, torch.zeros_like(targets))
@@ -144,6 +145,7 @@ def keep_rows(
         check_offsets(ends_given, rows)
     if offsets[-1] == rows:
         return Rows(None, targets), offsets
+    # nonzero would wait for the device again to learn the count, which is known by now
     index = (
         torch.nonzero_static(kept, size=offsets[-1])[:, 0] if kept.is_cuda else kept.nonzero()[:, 0]
     )

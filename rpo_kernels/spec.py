@@ -130,9 +130,9 @@ class Settings(NamedTuple):
     max_bytes: int
     """The workspace."""
     strategy: str
-    """"recompute" or "stream": "auto" is resolved."""
+    """One of "recompute" and "stream": "auto" is resolved by then."""
     backend: str
-    """"auto", "triton" or "torch"."""
+    """One of `backends.BACKENDS`."""
     needs: list[bool]
     """Whether hidden, weight and bias get a gradient; operators cannot see `requires_grad`."""
 

@@ -20,6 +20,10 @@ BACKENDS = ("auto", "triton", "torch")
 class Backend(Protocol):
     """What a backend is. The engines check nothing again: arguments are right when they arrive.
 
+    None of the functions raises anything of its own; what a backend cannot run on, `choose_backend`
+    refuses before. Nothing is read back from the device, so that calls queue up there (the gathers
+    of `torch_backend.kept_products` aside).
+
     Logits are in base 2: ``y = z * log2(e)``, with z of `Transform`. Sums and log-probs are float32
     (float64 for float64 inputs), "acc" below. Matrices have a contiguous last dimension. Results
     depend on nothing but the arguments: every sum has a fixed order.

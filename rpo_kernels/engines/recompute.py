@@ -58,6 +58,7 @@ def forward(
     total, width = rows.targets.shape[0], hidden.shape[1]
     logps = hidden.new_empty(total, dtype=accumulator_dtype(head.dtype))
     norm = logps.new_empty(total, 2)
+    # a quarter of the workspace for the rows' copy, half for the backend's tiles, casts in the rest
     size = max(1, max_bytes // (4 * width * head.dtype.itemsize))
     for start, stop in rows.chunks(size):
         h, targets = rows.take(hidden, start, stop).to(head.dtype), rows.targets[start:stop]
@@ -68,6 +69,7 @@ def forward(
             shift, sums, y = backend.lse_and_target(
                 h, weight, bias, torch.where(inside, local, -1), head.transform, max_bytes // 2
             )
+            # every panel has a shift of its own: bring both to the larger one
             before, found = found, merge(found, (shift, sums))
             target = torch.where(inside, y + (shift - found[0]), target + (before[0] - found[0]))
         sums, target = with_exact_targets(h, targets, head, *found, target, max_bytes // 2)

@@ -88,7 +88,7 @@ def _threshold(mass: Tensor, budget: Tensor) -> Tensor:
     (r,): bisection.
     """
     high = mass.amax(1, keepdim=True).clamp(min=1e-37).log2() + 1
-    low = high - 64
+    low = high - 64  # entries 2^63 times lighter than the heaviest are dropped in any case
     for _ in range(STEPS):
         middle = (low + high) / 2
         fits = torch.where(mass <= middle.exp2(), mass, 0).sum(1, keepdim=True) <= budget[:, None]
