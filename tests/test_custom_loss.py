@@ -1,4 +1,4 @@
-"""`fused_preference_loss`: a loss of one's own runs on both engines and under the compiler."""
+"""`fused_preference_loss`: a custom loss runs on both engines and under the compiler."""
 
 from __future__ import annotations
 
