@@ -24,13 +24,13 @@ def edit(change):
 
     def damage(folder):
         tensors = load_file(folder / "model.safetensors")
-        save_file(change(tensors) or tensors, folder / "model.safetensors", {"format": "pt"})
+        save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
 
     return damage
 
 
 def lose(name):
-    return edit(lambda tensors: tensors.pop(name) and None)
+    return edit(lambda tensors: {k: v for k, v in tensors.items() if k != name})
 
 
 def add(**shapes):
@@ -41,6 +41,7 @@ def add(**shapes):
 def put(name, value):
     def change(tensors):
         tensors[name].view(-1)[3] = value
+        return tensors
 
     return edit(change)
 
@@ -277,8 +278,10 @@ def test_a_dry_run_and_every_other_way_in_refuse_it(folder, tmp_path):
 def test_no_prompt_waits_for_an_answer(folder, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
     configure(model_type="mine", auto_map={"AutoConfig": "mine.Config"})(folder)
+    own = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
     for use in (loading.read_config, lambda place: loading.load_tokenizer(place, None)):
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match="its own code would have to be run"):
             use(str(folder))
 
 
