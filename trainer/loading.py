@@ -204,9 +204,13 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
 def check_weights(source: str, config: RunConfig) -> None:
     """Refuse a folder whose weights' names and shapes are not its config's; no weight is read.
 
-    GGUF files and models of the hub, which would be read or downloaded, are left to `load_model`.
+    What would have to be read or downloaded for that (GGUF, bitsandbytes, the hub) is left to
+    `load_model`.
     """
-    if config.gguf_file is None and Path(source).is_dir():
+    if config.gguf_file is not None or not Path(source).is_dir():
+        return
+    stored = quantized.stored_quantization(read_config(source))
+    if not stored or quantized.method_of(stored) != "bitsandbytes":
         _load_weights(source, config, device_map={"": "meta"})
 
 
