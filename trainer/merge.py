@@ -83,9 +83,13 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """
     with told(f"cannot put the adapter in {folder} into its base"):
         adapted = PeftModel.from_pretrained(model, folder)
+        refuse_tied_adapters(adapted)
         held = load_peft_weights(str(folder), device="cpu")
-        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        differing = sorted(set(held) ^ set(wanted))
+        needed, known = (
+            set(get_peft_model_state_dict(adapted, save_embedding_layers=embeddings))
+            for embeddings in (False, True)
+        )
+        differing = sorted((needed - set(held)) | (set(held) - known))
         if differing:
             raise InputError(
                 f"model_name_or_path: the adapter in {folder} is not of this model: "
@@ -97,7 +101,6 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
                 f"model_name_or_path: the adapter in {folder} holds NaN or infinite numbers in "
                 f"{broken}; take an earlier one"
             )
-        refuse_tied_adapters(adapted)
         return adapted.merge_and_unload()
 
 
