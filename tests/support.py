@@ -303,7 +303,7 @@ def token_budgets(problem: Problem, **heads) -> Tensor:
 
 
 def loss_budget(problem: Problem, **options) -> float:
-    """`value_budget` of `reference.rpo_loss`."""
+    """`value_budget` of `oracle.rpo_loss`."""
     heads = {k: options[k] for k in ("logit_scale", "logit_softcap") if k in options}
     rest = {k: v for k, v in options.items() if k not in heads}
 

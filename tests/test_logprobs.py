@@ -208,7 +208,7 @@ def test_non_contiguous_labels_and_strided_weight():
     (grad,) = torch.autograd.grad(linear_logprobs(problem.hidden, leaf, labels).sum(), leaf)
     ones = torch.ones(labels.shape)
     plain = differentiate(call(plain_logprobs), problem, ones)["weight"]
-    truth = differentiate(call(reference.linear_logprobs), double(problem), ones)["weight"]
+    truth = differentiate(call(oracle.linear_logprobs), double(problem), ones)["weight"]
     assert_within_plain_budget({"weight": grad}, {"weight": plain}, {"weight": truth})
 
 
@@ -358,7 +358,7 @@ def test_a_bad_row_keeps_its_block_whole(bad):
         differentiate(call(function), p, one)["hidden"][others]
         for function, p in (
             (plain_logprobs, problem),
-            (reference.linear_logprobs, double(problem)),
+            (oracle.linear_logprobs, double(problem)),
         )
     )
     problem.hidden[7] = bad
@@ -491,7 +491,7 @@ def test_masked_vocabulary_entries():
     problem = problem._replace(labels=problem.labels % 600, bias=torch.zeros(700))
     small = Problem(problem.hidden, problem.weight[:600], problem.labels, torch.zeros(600))
     plain = differentiate(call(plain_logprobs), small)
-    truth = differentiate(call(reference.linear_logprobs), double(small))
+    truth = differentiate(call(oracle.linear_logprobs), double(small))
     off = problem.bias.clone()
     off[600:] = -1e30
     found = differentiate(call(linear_logprobs), problem._replace(bias=off))

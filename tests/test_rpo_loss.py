@@ -370,7 +370,7 @@ def test_upstream_gradient_scales(factor, strategy):
         return differentiate(lambda p: factor * call(function, **options)(p), own)
 
     found, plain = scaled(fused_rpo_loss, strategy=strategy), scaled(plain_rpo_loss)
-    truth = scaled(reference.rpo_loss, wide=True)
+    truth = scaled(oracle.rpo_loss, wide=True)
     gap = abs(found.pop("out").double() - truth.pop("out"))
     assert gap <= abs(factor) * loss_budget(problem)
     del plain["out"]

@@ -80,7 +80,7 @@ def _seed(word: str) -> int:
 
 
 def _model_options(add: Callable) -> None:
-    paths = "folders or hub ids, or package:NAME; /FILE.gguf may follow"
+    paths = "folders (of adapters, too) or hub ids, or package:NAME; /FILE.gguf may follow"
     add("--models", nargs="+", required=True, metavar="NAME=PATH", help=paths)
     add("--logit_scale", type=float, help="as in training, for an architecture that is not known")
     add("--logit_softcap", type=float, help="likewise")

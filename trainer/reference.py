@@ -23,13 +23,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trainer import adapters, ref_cache
 from trainer.config import InputError, RunConfig
 from trainer.fit import check_fit
 from trainer.head import KNOWN
-from trainer.loading import load_model, load_tokenizer, locate_model
+from trainer.loading import load_model, load_tokenizer, locate_model, named, read_config
 from trainer.model import PreferenceModel, check_model
 from trainer.packing import Batch, Step, first_visits, pack
 from trainer.pairs import Split
@@ -112,7 +112,7 @@ def _other_model(
     accelerator: Accelerator,
 ) -> PreferenceModel:
     """`ref_model_name_or_path`, checked as the policy is, and to mean the same by every token."""
-    try:
+    with named("ref_model_name_or_path"):
         own = _own_config(config, policy.language_model.config.model_type)
         _check_tokens(tokenizer, load_tokenizer(locate_model(own), None), splits)
         model = _second_model(own, policy, accelerator)
@@ -124,9 +124,6 @@ def _other_model(
             )
         check_fit(model.language_model, [p for split in splits.values() for p in split.pairs])
         check_model(model, splits["train"].pairs[0])
-    except InputError as error:
-        said = str(error).removeprefix("model_name_or_path: ")
-        raise InputError(f"ref_model_name_or_path: {said}") from None
     return model
 
 
@@ -134,10 +131,7 @@ def _own_config(config: RunConfig, policy_type: str) -> RunConfig:
     """What loads the other model; the logit fields tell of the policy's architecture only."""
     own = replace(config, model_name_or_path=config.ref_model_name_or_path, gguf_file=None)
     source = locate_model(own)
-    try:
-        own_type = AutoConfig.from_pretrained(source).model_type
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model config in {source}: {error}") from None
+    own_type = read_config(source).model_type
     if own_type == policy_type:
         return own
     if own_type not in KNOWN:
