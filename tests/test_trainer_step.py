@@ -199,12 +199,12 @@ def test_without_a_budget_ranks_get_like_costs_within_their_batch_size():
     split = tiny_split(12)
     costs = [cost(pair) for pair in split.pairs]
     fields = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 2}
-    steps = plan(tiny_config(**fields, max_steps=1), {"train": split, "eval": split}, 2)
-    for name, batch_size in (("train", 3), ("eval", 2)):
-        (step,) = steps[name]
-        assert max(len(pairs) for row in step.micro_batches for pairs in row) == batch_size
-        assert step == spread(step, costs, batch_size)
-    assert len(steps["train"][0].indices) == 6 and sorted(steps["eval"][0].indices) == [*range(12)]
+    config = tiny_config(**fields, max_steps=1, gradient_accumulation_steps=2)
+    steps = plan(config, {"train": split, "eval": split}, 2)
+    how = {"ranks": 2, "epochs": 1, "max_steps": 1, "seed": config.seed}
+    plain = plan_training(12, batch_size=3, accumulation=2, **how)
+    assert steps["train"] == [spread(plain[0], costs, 3)] != plain
+    assert steps["eval"] == [spread(evaluation_step(12, 2, 2), costs, 2)]
 
 
 def test_a_budget_below_the_longest_pair_is_refused():

@@ -149,7 +149,8 @@ def spread(step: Step, costs: list[float], batch_size: int) -> Step:
 
 def _line_up(batches: list[list[int]], costs: list[float], ranks: int) -> Step:
     """Rounds of `ranks` micro-batches of like cost; every other round goes through the ranks
-    backwards, so that none has the most expensive of all."""
+    backwards, so that none has the most expensive of all.
+    """
     batches = sorted(batches, key=lambda batch: -sum(costs[i] for i in batch))
     rounds = [batches[k : k + ranks] for k in range(0, len(batches), ranks)]
     turned = [batches[::-1] if k % 2 else batches for k, batches in enumerate(rounds)]
