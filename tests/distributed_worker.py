@@ -1,10 +1,15 @@
-"""What several processes run for `test_trainer_distributed`: torchrun FILE FOLDER HOW CONFIG."""
+"""What several processes run for `test_trainer_distributed`: FILE FOLDER HOW CONFIG.
+
+They are forked after the imports, which take longer than all they do.
+"""
 
 import os
+import socket
 import sys
 from pathlib import Path
 
 import torch
+import torch.multiprocessing
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 from trainer_tiny import as_split, shifted_reference, tiny_config, tiny_policy, tiny_split
@@ -77,9 +82,12 @@ def zero3_gradients(policy, split, accelerator, checkpointed):
     return results
 
 
-def main(folder: Path, how: str, words: list[str]) -> None:
+def main(rank: int, port: int, folder: Path, how: str, words: list[str]) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS[how]}
+    place = {"LOCAL_WORLD_SIZE": RANKS[how], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in (ranks | place).items()})
     zero3.PERSISTENT = 0  # or a tiny model would stay whole
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=distributed.handlers(tiny_config()))
     assert accelerator.num_processes == RANKS[how]
     results = {mode: gradients(mode, accelerator) for mode in MODES[how]}
     if accelerator.is_main_process:
@@ -97,4 +105,9 @@ def main(folder: Path, how: str, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    folder, how, words = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        main, (port, folder, how, words), RANKS[how], start_method="fork"
+    )

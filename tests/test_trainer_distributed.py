@@ -53,8 +53,7 @@ def launched(tmp_path_factory, request):
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     words = ["--config", str(folder / "tiny.yaml")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    command += ["--master_port", str(29500 + os.getpid() % 1000), "tests/distributed_worker.py"]
+    command = [sys.executable, "tests/distributed_worker.py"]
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(folder), request.param, *words], cwd=ROOT, env=os.environ | paths,
