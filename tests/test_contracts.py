@@ -263,9 +263,7 @@ def test_autocast_is_the_bfloat16_computation(kind, hidden_dtype, panels):
         return differentiate(lambda p: function(*p[:3], p.ref_logps, eta=0.1), p)
 
     plain = other(plain_logprobs if kind == "logprobs" else plain_rpo_loss, half)
-    truth = other(
-        oracle.linear_logprobs if kind == "logprobs" else oracle.rpo_loss, double(half)
-    )
+    truth = other(oracle.linear_logprobs if kind == "logprobs" else oracle.rpo_loss, double(half))
     rounded = found | {name: found[name].bfloat16() for name in ("hidden", "weight")}
     if kind != "logprobs":
         gap = abs(rounded.pop("out") - truth.pop("out"))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,18 @@ from trainer_tiny import (
 
 from trainer.config import InputError
 from trainer.loop import METRICS, check_finite, evaluate, evaluation_step, named, run_step
-from trainer.packing import Step, first_visits, pack, plan_pass, plan_training, regroup
+from trainer.packing import (
+    ATTENTION_TOKENS,
+    Step,
+    cost,
+    first_visits,
+    pack,
+    plan_pass,
+    plan_training,
+    regroup,
+    spread,
+)
+from trainer.pairs import Pair, Sequence
 from trainer.reference import lookup
 from trainer.run import plan
 
@@ -40,10 +52,13 @@ def test_gradients_do_not_depend_on_how_a_step_is_split(reduction):
     order, config = list(range(8)), tiny_config(sft_reduction=reduction, eta=0.5)
     truth = true_step(policy.model, split.pairs, ref_logps, config)
     tokens = [pair.packed_tokens for pair in split.pairs]
+    costs = [cost(pair) for pair in split.pairs]
     # 3 passes are uneven, 11 have some without any pair
     steps = [plan_pass(order, 8, 1, accumulation)[0] for accumulation in (1, 2, 3, 8, 11)]
-    steps += [regroup(steps[0], tokens, budget, 1) for budget in (max(tokens), 2 * max(tokens))]
-    for step in steps:
+    (four,) = plan_pass(order, 8, 1, 4)
+    budgets = (max(tokens), 2 * max(tokens))
+    steps += [regroup(steps[0], tokens, costs, budget, 1) for budget in budgets]
+    for step in (*steps, spread(four, costs, 3)):
         policy.zero_grad()
         values = run_step(policy, split, step, accelerator, train=True)
         assert_is_step(values, gradient(policy), truth)
@@ -129,7 +144,8 @@ def test_micro_batches_by_tokens_hold_every_pair_once_within_the_budget(ranks):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(20, 200, (50,), generator=generator).tolist()
     (step,) = plan_pass(list(range(40)), 40, 1, 1)
-    cut = regroup(step, tokens, 256, ranks)
+    costs = [float(n) for n in tokens]
+    cut = regroup(step, tokens, costs, 256, ranks)
     assert sorted(cut.indices) == list(range(40))
     sums = [[sum(tokens[i] for i in pairs) for pairs in row] for row in cut.micro_batches]
     assert max(map(max, sums)) <= 256
@@ -137,7 +153,59 @@ def test_micro_batches_by_tokens_hold_every_pair_once_within_the_budget(ranks):
     assert max(loads) - min(loads) <= max(tokens)
     fewest = -(-sum(tokens[:40]) // (256 * ranks))
     assert fewest <= len(cut.micro_batches) <= fewest + 2
-    assert regroup(step, tokens, 256, ranks) == cut
+    assert regroup(step, tokens, costs, 256, ranks) == cut
+
+
+def efficiency(step, costs):
+    """Work over ranks x the time of all rounds, in each of which all wait for the slowest."""
+    rounds = [[sum(costs[i] for i in batch) for batch in row] for row in step.micro_batches]
+    return sum(map(sum, rounds)) / (len(rounds[0]) * sum(map(max, rounds)))
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 64])
+@pytest.mark.parametrize(("batch_size", "rounds", "missing"), [(4, 1, 0), (4, 3, 5), (1, 4, 3)])
+def test_a_step_is_spread_by_cost_over_ranks_and_passes(ranks, batch_size, rounds, missing):
+    """Lengths like UltraFeedback's; `missing` pairs fewer than there is room for."""
+    generator = torch.Generator().manual_seed(ranks + batch_size)
+    room = batch_size * rounds * ranks
+    costs = torch.empty(room + 10).log_normal_(6.4, 0.6, generator=generator).tolist()
+    order = torch.randperm(room + 10, generator=generator)[: max(1, room - missing)].tolist()
+    (step,) = plan_pass(order, room, ranks, rounds)
+    even = spread(step, costs, batch_size)
+    assert sorted(even.indices) == sorted(step.indices)
+    assert [len(row) for row in even.micro_batches] == [ranks] * rounds
+    batches = [batch for row in even.micro_batches for batch in row]
+    assert max(map(len, batches)) <= batch_size
+    places = {i: place for place, i in enumerate(order)}
+    assert all(list(batch) == sorted(batch, key=places.get) for batch in batches)
+    before, now = (
+        (efficiency(s, costs), max(sum(costs[i] for i in b) for r in s.micro_batches for b in r))
+        for s in (step, even)
+    )
+    assert now[0] > before[0] if ranks > 1 else now[0] == pytest.approx(1)
+    assert now[1] <= before[1]  # memory follows the largest pass
+    assert spread(step, costs, batch_size) == even
+
+
+def test_a_pair_costs_its_packed_tokens_and_its_attention():
+    """At ATTENTION_TOKENS tokens attention is half of it; a common prefix is computed once."""
+    ids = np.zeros(ATTENTION_TOKENS, np.int64)
+    whole, half = Sequence(ids, ids), Sequence(ids[: len(ids) // 2], ids[: len(ids) // 2])
+    assert cost(Pair(whole, whole)) == 4 * len(ids)
+    assert cost(Pair(whole, half)) == (1 + 1 + 1 / 2 + 1 / 4) * len(ids)
+    assert cost(Pair(whole, half, len(half.ids))) == 2 * len(ids)
+
+
+def test_without_a_budget_ranks_get_like_costs_within_their_batch_size():
+    split = tiny_split(12)
+    costs = [cost(pair) for pair in split.pairs]
+    fields = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 2}
+    config = tiny_config(**fields, max_steps=1, gradient_accumulation_steps=2)
+    steps = plan(config, {"train": split, "eval": split}, 2)
+    how = {"ranks": 2, "epochs": 1, "max_steps": 1, "seed": config.seed}
+    plain = plan_training(12, batch_size=3, accumulation=2, **how)
+    assert steps["train"] == [spread(plain[0], costs, 3)] != plain
+    assert steps["eval"] == [spread(evaluation_step(12, 2, 2), costs, 2)]
 
 
 def test_a_budget_below_the_longest_pair_is_refused():

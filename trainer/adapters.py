@@ -139,10 +139,12 @@ def _check_names(field: str, names: Iterable[str], model: nn.Module) -> None:
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Let `model`, prepared or not, with adapters or not, run on its frozen weights alone."""
     adapted = next((m for m in model.modules() if isinstance(m, PeftModel)), None)
-    training = model.training
+    training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval()
     try:
         with contextlib.nullcontext() if adapted is None else adapted.disable_adapter():
+            for parameter in trained:  # peft freezes them; FSDP2 looks once, at its first forward
+                parameter.requires_grad_(True)
             yield
     finally:
         model.train(training)

@@ -51,8 +51,8 @@ FREE = frozenset(
     (
         "train_file", "eval_file", "on_bad_row", "per_device_train_batch_size",
         "per_device_eval_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch",
-        "ref_cache_dir", "cpu_threads", "sample_prompts", "max_new_tokens", "output_dir",
-        "overwrite_output_dir", "report_to", "save_steps", "save_total_limit",
+        "ref_cache_dir", "cpu_threads", "ddp_timeout", "sample_prompts", "max_new_tokens",
+        "output_dir", "overwrite_output_dir", "report_to", "save_steps", "save_total_limit",
         "resume_from_checkpoint", "push_to_hub", "hub_model_id",
     )
 )  # fmt: skip

@@ -52,6 +52,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seed": ("an integer in [0, 2^32)", lambda x: 0 <= x < 2**32),
     "max_workspace_mb": ("null or a number > 0", lambda x: 0 < x < float("inf")),
     "cpu_threads": ("an integer >= 0", lambda x: x >= 0),
+    "ddp_timeout": ("an integer >= 1", lambda x: x >= 1),
     "logging_steps": ("an integer >= 1", lambda x: x >= 1),
     "eval_steps": ("an integer >= 0", lambda x: x >= 0),
     "sample_prompts": ("an integer >= 0", lambda x: x >= 0),

@@ -43,7 +43,7 @@ from trainer.loading import check_layers, load_model, load_tokenizer, locate_mod
 from trainer.loop import Training, evaluate, evaluation_step, owes_evaluation, train
 from trainer.model import PreferenceModel, check_model, compile_layers, loss_options
 from trainer.optimizer import check_optimizer, make_optimizer, make_schedule
-from trainer.packing import Step, plan_training, regroup, share_prefixes
+from trainer.packing import Step, cost, plan_training, regroup, share_prefixes, spread
 from trainer.pairs import Split
 from trainer.recipe import parse_config
 from trainer.reference import Reference
@@ -211,9 +211,17 @@ def plan(config: RunConfig, splits: dict[str, Split], ranks: int) -> dict[str, l
     if "eval" in splits:
         batch_size = config.per_device_eval_batch_size
         steps["eval"] = [evaluation_step(len(splits["eval"].pairs), batch_size, ranks)]
+    costs = {name: [cost(pair) for pair in split.pairs] for name, split in splits.items()}
     budget = config.max_tokens_per_batch
     if budget is None:
-        return steps
+        limits = {
+            "train": config.per_device_train_batch_size,
+            "eval": config.per_device_eval_batch_size,
+        }
+        return {
+            name: [spread(step, costs[name], limits[name]) for step in whole]
+            for name, whole in steps.items()
+        }
     tokens = {name: [pair.packed_tokens for pair in split.pairs] for name, split in splits.items()}
     longest = max(max(counts) for counts in tokens.values())
     if longest > budget:
@@ -222,7 +230,7 @@ def plan(config: RunConfig, splits: dict[str, Split], ranks: int) -> dict[str, l
             f"got {budget}; raise it, or lower max_length"
         )
     return {
-        name: [regroup(step, tokens[name], budget, ranks) for step in whole]
+        name: [regroup(step, tokens[name], costs[name], budget, ranks) for step in whole]
         for name, whole in steps.items()
     }
 
@@ -248,6 +256,7 @@ def start(config: RunConfig) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
+        kwargs_handlers=distributed.handlers(config),
     )
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != asked:
