@@ -25,7 +25,8 @@ from trainer.config import InputError
 RESPONSES = ("chosen", "rejected")
 FIELDS = ("prompt", *RESPONSES, "tools")
 ROLES = ("system", "user", "assistant", "tool")
-MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thought
 SHOWN = 5  # bad rows spelled out in an error; the rest are counted
 
 Message = dict[str, object]
@@ -161,7 +162,18 @@ def _check_message(place: str, message: object) -> Message:
             f"(or a list of tool_calls), got {message!r:.80}",
         )
     kept = {k: known[k] for k in MESSAGE_FIELDS if known.get(k)} | {"content": content or ""}
+    kept |= _check_thought(place, known)
     return kept if not calls else kept | {"tool_calls": _without_nulls(calls)}
+
+
+def _check_thought(place: str, message: Message) -> Message:
+    """A message's thought under every name by which a template may read it."""
+    given = {name: message[name] for name in REASONING if message.get(name)}
+    if not given:
+        return {}
+    if len({*map(str, given.values())}) > 1 or not all(isinstance(t, str) for t in given.values()):
+        raise BadRow("bad message", f"{place}: expected one string as {' or '.join(given)}")
+    return dict.fromkeys(REASONING, next(iter(given.values())))
 
 
 def _without_nulls(value: object) -> object:

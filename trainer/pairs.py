@@ -42,6 +42,8 @@ class Pair:
     rejected: Sequence
     shared: int = 0
     """Tokens that both begin with and that are computed once (`packing.share_prefixes`)."""
+    source: str = ""
+    """Where it comes from, `file:line` or `dataset[split]:row`, for errors."""
 
     @property
     def tokens(self) -> int:
