@@ -118,6 +118,12 @@ class Chat:
         """
         return self._render(messages, tools, opened=True)
 
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a rendered text, which brings its own BOS, if any."""
+        return without_second_bos(
+            self.tokenizer, self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
+
     def both(self, messages: list[Message]) -> tuple[str, str]:
         """The messages alone, and the prompt for an answer to them."""
         return self._render(messages, None, opened=False), self.prompt(messages)
@@ -180,9 +186,7 @@ class Chat:
                     **self.options.kwargs,
                 )  # fmt: skip
         except Exception as error:  # templates raise errors of their own for roles they refuse
-            raise BadRow(
-                "chat template refuses the messages", f"{error}; {REMEDY}"
-            ) from None
+            raise BadRow("chat template refuses the messages", f"{error}; {REMEDY}") from None
 
     def _after(
         self, prompt: str, before: list[Message], message: Message, tools: list[dict] | None
@@ -213,7 +217,9 @@ class Chat:
             return text
         return text[closing.end() :].lstrip()
 
-    def _head(self, before: list[Message], tools: list[dict] | None, role: str = "assistant") -> str:
+    def _head(
+        self, before: list[Message], tools: list[dict] | None, role: str = "assistant"
+    ) -> str:
         """What the template writes before the content of a message that follows `before`."""
         probes = ([*before, {"role": role, "content": text}] for text in ("A", "B"))
         return os.path.commonprefix([self._render(p, tools, opened=False) for p in probes])
@@ -259,6 +265,12 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The special tokens by id, named ones and added ones."""
     added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def without_second_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Token ids with BOS once, where both the text and the tokenizer begin with it."""
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def _pattern(words: Iterable[str]) -> re.Pattern[str]:

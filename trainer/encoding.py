@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trainer.chat import REMEDY, Chat, ChatOptions
+from trainer.chat import REMEDY, Chat, ChatOptions, without_second_bos
 from trainer.config import InputError, find_file
 from trainer.data import BadRow, BadRows, Message, Row
 from trainer.pairs import IGNORE, Pair, Sequence, Split
@@ -24,7 +24,9 @@ from trainer.report import progress, say
 from trainer.truncation import Limits
 
 CHUNK = 256  # rows that are tokenized in one call
-JOINED = re.compile(r"[A-Za-z0-9.,:;?!)\]\"'][A-Za-z0-9(\[\"']")  # words without white space between
+JOINED = re.compile(
+    r"[A-Za-z0-9.,:;?!)\]\"'][A-Za-z0-9(\[\"']"
+)  # words without white space between
 
 Turn = tuple[str, str]  # a prompt, and what the model says after it
 
@@ -176,11 +178,9 @@ class Encoder:
         rows = self.tokenizer(
             listed, add_special_tokens=not chat, return_attention_mask=False, verbose=False
         )["input_ids"]
-        bos = self.tokenizer.bos_token_id
         if not chat:
             rows = [ids[: len(ids) - self.added_end] for ids in rows]
-        if bos is not None:
-            rows = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in rows]
+        rows = [without_second_bos(self.tokenizer, ids) for ids in rows]
         return dict(zip(listed, rows, strict=True))
 
     def _assemble(
@@ -205,9 +205,7 @@ class Encoder:
                 self.untrained += 1
         return _common(first, tokens), tokens, trained
 
-    def _reply(
-        self, prompt: str, said: str, ids: dict[str, list[int]], chat: bool
-    ) -> list[int]:
+    def _reply(self, prompt: str, said: str, ids: dict[str, list[int]], chat: bool) -> list[int]:
         """Tokens of what is said after a prompt, whose own tokens stay as they are.
 
         Where the two would share a token (line breaks, say), a chat's are tokenized apart: at
@@ -280,10 +278,7 @@ class Encoder:
         """How many of the prompt's last tokens open the assistant's turn."""
         if self.opening is None:
             probe: list[Message] = [{"role": "user", "content": "a"}]
-            closed, opened = (
-                self.tokenizer(text, add_special_tokens=False)["input_ids"]
-                for text in self.chat.both(probe)
-            )
+            closed, opened = map(self.chat.ids, self.chat.both(probe))
             self.opening = opened[_common(closed, opened) :]
         size = len(self.opening)
         return size if size and prompt[-size:].tolist() == self.opening else 0
