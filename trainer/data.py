@@ -179,13 +179,14 @@ def check_record(record: bytes | dict, source: str, columns: Columns | None = No
                 f"{_has(record)}; name the column that holds it, as {columns.remedy(record)}, or "
                 "give --implicit_prompt true where both responses begin with it",
             )
+    implicit = prompt is None
     try:
         prompt, chosen, rejected = _split_prompt(prompt, chosen, rejected)
     except NoCommonPrompt as problem:
         detail = f"{problem} ({_has(record)}; or name its column, as {columns.remedy(record)})"
         raise BadRow("no common prompt", detail) from None
     if isinstance(prompt, list):
-        if "NAME" not in columns.remedy(record) and not _asks(prompt):
+        if implicit and "NAME" not in columns.remedy(record) and not _asks(prompt):
             detail = f"nobody asks in the messages, and {_has(record)}"
             raise BadRow("no prompt", f"{detail}; name its column, as {columns.remedy(record)}")
         _check_turns(prompt, chosen, rejected)

@@ -230,11 +230,12 @@ def plan(config: RunConfig, splits: dict[str, Split], ranks: int) -> dict[str, l
     if budget is None:
         return steps
     tokens = {name: [pair.packed_tokens for pair in split.pairs] for name, split in splits.items()}
-    longest = max(max(counts) for counts in tokens.values())
-    if longest > budget:
+    pairs = [pair for split in splits.values() for pair in split.pairs]
+    longest = max(pairs, key=lambda pair: pair.packed_tokens)
+    if longest.packed_tokens > budget:
         raise InputError(
-            f"max_tokens_per_batch: expected at least {longest}, the tokens of the longest pair, "
-            f"got {budget}; raise it, or lower max_length"
+            f"max_tokens_per_batch: expected at least {longest.packed_tokens}, the tokens of the "
+            f"longest pair{longest.place}, got {budget}; raise it, or lower max_length"
         )
     return {
         name: [regroup(step, tokens[name], budget, ranks) for step in whole]
