@@ -272,10 +272,10 @@ BAD = [
     ),
     # Data files.
     (data_file, ("none.jsonl", None), "no such file"),
-    (data_file, ("rows.txt", b"a,b\n"), "expected a .jsonl, .parquet or .csv file, got .txt"),
+    (data_file, ("rows.txt", b"a,b\n"), "expected a .jsonl, .json, .csv or .parquet file, got"),
     (data_file, ("rows.csv", b"\xff\n"), "not a readable CSV file"),
     (data_file, ("rows.parquet", b"no parquet"), "not a readable Parquet file"),
-    (data_file, ("rows.json", b'\n[{"prompt": "a"}]\n'), "rows.json: expected one JSON object a l"),
+    (data_file, ("rows.json", b'\n[{"prompt": "a"}]\n'), "rows.json:2: missing field: chosen"),
     (data_file, ("rows.jsonl", b"[\n{}\n]\n"), "one a line, as jq -c '.[]' does"),
     (data_file, ("empty.jsonl", b"\n"), "no usable preference pair"),
     # Rows.
@@ -321,7 +321,7 @@ BAD = [
     (
         row,
         {"chosen": "yes", "rejected": "no"},
-        "no common prompt: without prompt, both must begin with",
+        "no prompt: the row has chosen, rejected; name the column that holds it",
     ),
     (
         row,

@@ -236,8 +236,9 @@ def _weights(training: Training) -> dict[str, object]:
 
 
 def _fields(config: RunConfig) -> dict[str, object]:
-    """The fields that may not differ, as JSON gives them back."""
+    """The fields that may not differ, as JSON gives them back; a day that is not given may."""
     values = dataclasses.asdict(config)
+    values = {k: v for k, v in values.items() if k != "date" or v is not None}
     return json.loads(json.dumps({k: v for k, v in values.items() if k not in FREE}))
 
 

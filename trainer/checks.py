@@ -6,7 +6,9 @@ A problem is a message that names the field, what was expected, what came, what 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
+import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +21,22 @@ if TYPE_CHECKING:
     from trainer.config import RunConfig
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-FILLED = ("model_name_or_path", "output_dir", "lora_target_modules")  # may not be empty
+FILLED = ("model_name_or_path", "output_dir", "lora_target_modules", "prompt_column",
+          "chosen_column", "rejected_column")  # may not be empty  # fmt: skip
+
+# What the chat template is given by its caller, not as a variable.
+OF_THE_CALLER = ("conversation", "messages", "tools", "chat_template", "add_generation_prompt",
+                 "continue_final_message", "tokenize", "tokenizer_kwargs", "return_dict",
+                 "return_tensors", "return_assistant_tokens_mask", "padding", "truncation",
+                 "max_length", "sanitize_control_tokens")  # fmt: skip
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
 
 # What each field's value must be, in words and as a test; null passes where a field may be null.
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -29,6 +46,11 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "eval_split_ratio": ("a number in [0, 1)", lambda x: 0 <= x < 1),
     "max_length": ("an integer >= 8", lambda x: x >= 8),
     "max_prompt_length": ("null or an integer >= 1", lambda x: x >= 1),
+    "chat_template_kwargs": (
+        f"variables of the template, none of {', '.join(OF_THE_CALLER)}",
+        lambda x: not {*x} & {*OF_THE_CALLER},
+    ),
+    "date": ("null or a day as 2026-11-26", _is_day),
     "beta": ("a number > 0", lambda x: 0 < x < float("inf")),
     "eta": ("a number >= 0", lambda x: 0 <= x < float("inf")),
     "label_smoothing": ("a number in [0, 0.5)", lambda x: 0 <= x < 0.5),
@@ -199,6 +221,8 @@ def convert(value: object, kind: object) -> object:
     if typing.get_origin(kind) is tuple:
         values = [] if value is None else value if isinstance(value, list | tuple) else [value]
         return tuple(convert(v, typing.get_args(kind)[0]) for v in values)
+    if typing.get_origin(kind) is dict:
+        return _mapping(value)
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
     try:
         return _scalar(value, kind)
@@ -206,8 +230,23 @@ def convert(value: object, kind: object) -> object:
         raise ValueError(f"expected {words[kind]}, got {value!r}") from None
 
 
+def _mapping(value: object) -> dict[str, object]:
+    """A mapping of plain values, from YAML's or from JSON text."""
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        given = value
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise ValueError(
+            f"""expected a mapping of names, as {{"enable_thinking": false}}, got {value!r}"""
+        )
+    return json.loads(json.dumps(given, default=str))  # a day is its text
+
+
 def _scalar(value: object, kind: type) -> object:
     """`value` as `kind`; a `ValueError` or `KeyError` where it is none."""
+    if kind is str and isinstance(value, datetime.date):  # YAML's type of 2026-11-26
+        return value.isoformat()
     if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
         return value
     if isinstance(value, str) and kind is bool:

@@ -13,13 +13,14 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from rpo_kernels import RPOOutput
 from trainer import distributed, zero3
 from trainer.config import RunConfig
-from trainer.packing import Step, pack, plan_pass
-from trainer.pairs import Split
+from trainer.packing import Indices, Step, pack, plan_pass
+from trainer.pairs import Split, named_pairs
 from trainer.report import RunLog, progress
 from trainer.stop import Stopped, StopSignal
 
@@ -32,6 +33,9 @@ METRICS = (
     "loss", "loss/dpo", "loss/sft", "rewards/accuracies", "rewards/margins",
     "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logps/chosen_delta",
 )  # fmt: skip
+
+
+COOLER = "lower learning_rate, or use dtype float32 if it is not"
 
 
 def metric_shares(out: RPOOutput, ref_logps: Tensor | None, num_pairs: int) -> Tensor:
@@ -80,7 +84,7 @@ def run_step(
     pairs, num_pairs = split.pairs, len(step.indices)
     num_chosen_tokens = sum(pairs[i].chosen.trained_tokens for i in step.indices)
 
-    shares = torch.zeros(len(METRICS), device=accelerator.device)
+    shares, outcomes = torch.zeros(len(METRICS), device=accelerator.device), []
     for k, ranks in enumerate(step.micro_batches, 1):
         batch = pack(pairs, ranks[accelerator.process_index]).to(accelerator.device)
         ref = None if split.reference is None else split.reference(batch)
@@ -90,7 +94,34 @@ def run_step(
             if train:  # gradients are averaged over ranks; the step's gradient is the sum
                 distributed.backward(out.loss * accelerator.num_processes, model, accelerator)
         shares += metric_shares(out, ref, num_pairs)
-    return accelerator.reduce(shares, "sum")
+        outcomes.append((batch.indices, out.chosen_logps, out.rejected_logps))
+    shares = accelerator.reduce(shares, "sum")
+    if train and not shares[0].isfinite():
+        check_pairs(split, outcomes, shares[0].item())
+    return shares
+
+
+def check_pairs(split: Split, outcomes: list[tuple[Indices, Tensor, Tensor]], loss: float) -> None:
+    """Name the pairs whose log-probs are not finite, if it is they; every rank must call it.
+
+    Args:
+        split: the data set.
+        outcomes: of every pass of this rank, its pairs, and their chosen and rejected log-probs.
+        loss: of the step, not finite.
+
+    Raises:
+        FloatingPointError: naming them.
+    """
+    bad = [
+        index
+        for indices, *sides in outcomes
+        for index, *logps in zip(indices, *(side.tolist() for side in sides), strict=True)
+        if not all(map(math.isfinite, logps))
+    ]
+    if bad := gather_object(bad):
+        raise FloatingPointError(
+            f"loss {loss}, as log-probs are not finite: {named_pairs(split, bad)}; {COOLER}"
+        )
 
 
 def evaluation_step(num_pairs: int, batch_size: int, ranks: int) -> Step:
@@ -196,7 +227,10 @@ def take_step(
         FloatingPointError: the loss or the gradient is not finite; the weights are as before.
     """
     started = time.perf_counter()
-    values = named(run_step(training.model, split, step, accelerator, train=True))
+    try:
+        values = named(run_step(training.model, split, step, accelerator, train=True))
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {training.step + 1}: {error}") from None
     values["learning_rate"] = training.schedule.get_last_lr()[0]
     norm = update(training, values["loss"], config.max_grad_norm, accelerator)
     values |= {} if norm is None else {"grad_norm": norm}
@@ -265,10 +299,7 @@ def peak_memory() -> float:
 def check_finite(step: int, loss: float, grad_norm: float) -> None:
     """Stop before a NaN reaches the weights."""
     if not math.isfinite(loss + grad_norm):
-        raise FloatingPointError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; lower learning_rate, "
-            "or use dtype float32 if it is not"
-        )
+        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {COOLER}")
 
 
 def shown(row: dict[str, float]) -> dict[str, str]:

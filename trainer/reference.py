@@ -32,7 +32,7 @@ from trainer.head import KNOWN
 from trainer.loading import load_model, load_tokenizer, locate_model, named, read_config
 from trainer.model import PreferenceModel, check_model
 from trainer.packing import Batch, Step, first_visits, pack
-from trainer.pairs import Split
+from trainer.pairs import Split, named_pairs
 from trainer.report import progress, say
 
 Scorer = Callable[[Batch], Tensor]
@@ -220,7 +220,11 @@ def fill(
         logps[start : start + len(batch.indices)] = score(batch).view(2, -1).T
         logps = accelerator.reduce(logps, "sum").cpu()
         if not logps.isfinite().all():
-            raise FloatingPointError(f"reference log-probs of pairs {indices} are not finite")
+            finite = logps.isfinite().all(1).tolist()
+            bad = [index for index, good in zip(indices, finite, strict=True) if not good]
+            raise FloatingPointError(
+                f"reference log-probs of pairs are not finite: {named_pairs(split, bad)}"
+            )
         table.write(indices, logps)
     accelerator.wait_for_everyone()
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 # Threads that wait must not spin: on shared cores they would take the time of those at work.
@@ -30,12 +31,13 @@ if __name__ == "__main__":
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer import card, checkpoint, distributed, preview, report, zero3
 from trainer.adapters import add_adapters
+from trainer.chat import ChatOptions, today
 from trainer.config import InputError, RunConfig
 from trainer.encoding import encode_rows, use_chat_template
 from trainer.fit import check_answers, check_fit
@@ -67,6 +69,7 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     resumed = check(config)
     sharding = distributed.take_request(config)
     accelerator = start(config)
+    config = dated(config, resumed)
     options, source = loss_options(config), locate_model(config)
 
     tokenizer, splits = read_data(config, source)
@@ -128,14 +131,25 @@ def check(config: RunConfig) -> Path | None:
     return resumed
 
 
+def dated(config: RunConfig, resumed: Path | None) -> RunConfig:
+    """The config with the run's day: as given, as the run began on, or today, on every rank."""
+    if config.date is not None:
+        return config
+    [date] = broadcast_object_list([today()])  # rank 0's: ranks may start around midnight
+    if resumed:
+        date = checkpoint.read_progress(resumed)["fingerprint"]["date"]
+    return replace(config, date=date)
+
+
 def read_data(config: RunConfig, source: str) -> tuple[PreTrainedTokenizerBase, dict[str, Split]]:
     """The tokenizer, and the training and held-out pairs as its tokens; prints their counts."""
     tokenizer = load_tokenizer(source, config.gguf_file)
     use_chat_template(tokenizer, config.chat_template_path)
+    options = ChatOptions(config.chat_template_kwargs or {}, config.date)
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
     splits = {}
     for name, (rows, bad) in read_splits(config).items():
-        splits[name] = encode_rows(rows, tokenizer, limits, bad)
+        splits[name] = encode_rows(rows, tokenizer, limits, bad, options)
         counts = splits[name].report.items()
         report.say(f"{name:<5} {', '.join(f'{key} {value}' for key, value in counts)}")
         if config.prefix_sharing:
@@ -223,11 +237,12 @@ def plan(config: RunConfig, splits: dict[str, Split], ranks: int) -> dict[str, l
             for name, whole in steps.items()
         }
     tokens = {name: [pair.packed_tokens for pair in split.pairs] for name, split in splits.items()}
-    longest = max(max(counts) for counts in tokens.values())
-    if longest > budget:
+    pairs = [pair for split in splits.values() for pair in split.pairs]
+    longest = max(pairs, key=lambda pair: pair.packed_tokens)
+    if longest.packed_tokens > budget:
         raise InputError(
-            f"max_tokens_per_batch: expected at least {longest}, the tokens of the longest pair, "
-            f"got {budget}; raise it, or lower max_length"
+            f"max_tokens_per_batch: expected at least {longest.packed_tokens}, the tokens of the "
+            f"longest pair{longest.place}, got {budget}; raise it, or lower max_length"
         )
     return {
         name: [regroup(step, tokens[name], costs[name], budget, ranks) for step in whole]

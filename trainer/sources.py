@@ -9,16 +9,24 @@ order.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
+import glob
+import gzip
+import io
 import json
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from accelerate import PartialState
 
-from trainer.config import InputError, RunConfig, find_file
-from trainer.data import FIELDS, BadRow, BadRows, Row, check_record
+from trainer.config import ROOT, InputError, RunConfig, find_file
+from trainer.data import BadRow, BadRows, Columns, Row, check_record
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document; the default is 128 KiB
 
@@ -34,11 +42,11 @@ def read_splits(config: RunConfig) -> dict[str, tuple[list[Row], BadRows]]:
         InputError: a file or data set that cannot be read, no usable row, bad rows under the policy
             `error`, or a weight or share that leaves nothing.
     """
-    train, bad = _read(config, config.train_file, config.dataset_train_split, "training data")
+    train, bad = _read_split(config, config.train_file, config.dataset_train_split, "training data")
     splits = {}
     if config.eval_file or config.dataset_test_split:
         files, split = config.eval_file, config.dataset_test_split
-        held_out, eval_bad = _read(config, files, split, HELD_OUT)
+        held_out, eval_bad = _read_split(config, files, split, HELD_OUT)
         splits["eval"] = [row for rows in held_out for row in rows], eval_bad
     elif config.eval_split_ratio:
         train, held_out = hold_out(train, config.eval_split_ratio, config.seed)
@@ -51,87 +59,189 @@ def read_splits(config: RunConfig) -> dict[str, tuple[list[Row], BadRows]]:
     return {"train": ([row for rows in train for row in rows], bad)} | splits
 
 
-def _read(
+def _read_split(
     config: RunConfig, files: tuple[str, ...], split: str | None, of: str
 ) -> tuple[list[list[Row]], BadRows]:
     """The rows of every source of one split: files first, then data sets; `of` names them."""
-    bad = BadRows(config.on_bad_row, of=of)
-    sources = [check_rows(f"{name}:", read_file(name), bad) for name in files]
+    bad, columns = BadRows(config.on_bad_row, of=of), columns_of(config)
+    sources = [read_rows(name, bad, columns) for name in files]
     for name in config.dataset_name if split else ():
-        records = read_dataset(name, config.dataset_config, split)
-        sources.append(check_rows(f"{name}[{split}]:", records, bad))
+        records = read_dataset(name, config.dataset_config, split, columns)
+        sources.append(check_rows(f"{name}[{split}]:", records, bad, columns))
     bad.settle(sum(map(len, sources)))
     return sources, bad
 
 
-def check_rows(source: str, records: Records, bad: BadRows) -> list[Row]:
+def columns_of(config: RunConfig) -> Columns:
+    """Where the config says that prompt, chosen and rejected are."""
+    return Columns(
+        config.prompt_column, config.chosen_column, config.rejected_column, config.implicit_prompt
+    )
+
+
+def read_rows(name: str, bad: BadRows, columns: Columns | None = None) -> list[Row]:
+    """The usable rows of a file, of a folder's files, or of those that a glob matches."""
+    return [
+        row
+        for file in find_files(name)
+        for row in check_rows(f"{file}:", read_file(file, columns), bad, columns)
+    ]
+
+
+def check_rows(
+    source: str, records: Records, bad: BadRows, columns: Columns | None = None
+) -> list[Row]:
     """The usable rows of a source; `bad` receives the others, as `source` and their number."""
     rows = []
     for number, record in records:
         place = f"{source}{number}"
         try:
-            rows.append(check_record(record, place))
+            rows.append(check_record(record, place, columns))
         except BadRow as problem:
             bad.add(place, problem)
     return rows
 
 
-def read_file(name: str) -> Records:
-    """The records of a .jsonl (or .json, one object a line), .parquet or .csv file, from line 1.
+def find_files(name: str) -> list[str]:
+    """The files that a name means: itself, those of a folder, or those that a glob matches.
+
+    Paths are looked for in the working directory, then in the repository.
+
+    Raises:
+        InputError: there is none.
+    """
+    places = [Path(name), ROOT / name]
+    if any(place.is_file() for place in places):
+        return [name]
+    for folder in filter(Path.is_dir, places):
+        inside = sorted(path for path in folder.rglob("*") if path.is_file())
+        hidden = [path for path in inside if path.relative_to(folder).as_posix().startswith(".")]
+        found = [str(path) for path in inside if _kind(path) in READERS and path not in hidden]
+        if not found:
+            raise InputError(f"{name}: no {KINDS} in this folder")
+        return found
+    for place in places if glob.has_magic(name) else ():
+        if found := sorted(path for path in glob.glob(str(place), recursive=True)):
+            return [path for path in found if Path(path).is_file()]
+    return [str(find_file(name))]  # which says where it was looked for
+
+
+def read_file(name: str, columns: Columns | None = None) -> Records:
+    """The records of a file: JSONL, a JSON array, CSV or Parquet; all but the last may be gzipped.
+
+    A record is known by its line or, in Parquet, by its number, from 1.
 
     Raises:
         InputError: a missing or unreadable file, or an unknown file type.
     """
     path = find_file(name)
-    readers = {".jsonl": _jsonl, ".json": _jsonl, ".parquet": _parquet, ".csv": _csv}
-    if path.suffix not in readers:
-        raise InputError(
-            f"{name}: expected a .jsonl, .parquet or .csv file, got {path.suffix or 'no suffix'}"
-        )
-    return readers[path.suffix](path)
+    if _kind(path) not in READERS:
+        raise InputError(f"{name}: expected a {KINDS}, got {_kind(path) or 'no suffix'}")
+    return READERS[_kind(path)](path, columns or Columns())
 
 
-def _jsonl(path: Path) -> Records:
-    with path.open("rb") as lines:
+def _kind(path: Path) -> str:
+    """A file's last suffix, or the one before .gz."""
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+@contextlib.contextmanager
+def _readable(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
+    """Inside, what a damaged file raises becomes an `InputError`."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, *errors) as error:
+        raise InputError(f"{path}: not a readable {kind} file: {error}") from None
+
+
+def _jsonl(path: Path, columns: Columns) -> Records:
+    with _readable(path, "JSONL"), _open(path) as lines:
         records = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
         for count, (number, line) in enumerate(records):
+            line = line.removeprefix(codecs.BOM_UTF8) if count == 0 else line
             if count == 0 and line.lstrip().startswith(b"["):
                 raise InputError(
-                    f"{path}: expected one JSON object a line, got an array; write its elements "
-                    "one a line, as jq -c '.[]' does"
+                    f"{path}: expected one JSON object a line, got an array; name the file .json, "
+                    "or write its elements one a line, as jq -c '.[]' does"
                 )
             yield number, line
 
 
-def _parquet(path: Path) -> Records:
+def _json(path: Path, columns: Columns) -> Records:
+    """The elements of an array, each with the line on which it begins; or JSON lines."""
+    with _readable(path, "JSON", UnicodeDecodeError), _open(path) as file:
+        text = file.read().decode("utf-8-sig")
+    start = len(text) - len(text.lstrip())
+    if text[start : start + 1] != "[":
+        yield from _jsonl(path, columns)
+        return
+    decoder, line, counted, place = json.JSONDecoder(), 1, 0, _next(text, start + 1)
+    while text[place : place + 1] != "]":
+        line, counted = line + text.count("\n", counted, place), place
+        try:
+            _, end = decoder.raw_decode(text, place)
+            yield line, text[place:end].encode()
+            place = _next(text, end)
+            if text[place : place + 1] == ",":
+                place = _next(text, place + 1)
+            elif text[place : place + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if text[place + 1 :].strip():
+        line += text.count("\n", counted, _next(text, place + 1))
+        raise InputError(f"{path}:{line}: not valid JSON: text follows the array")
+
+
+def _next(text: str, place: int) -> int:
+    """The place of the next character that is no white space."""
+    found = re.compile(r"\S").search(text, place)
+    return found.start() if found else len(text)
+
+
+def _parquet(path: Path, columns: Columns) -> Records:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
-    try:
+    with _readable(path, "Parquet", pa.ArrowException):
         file = pq.ParquetFile(path)
-        columns = [name for name in file.schema_arrow.names if name in FIELDS]
-        for batch in file.iter_batches(1024, columns=columns):
+        names = file.schema_arrow.names
+        for batch in file.iter_batches(1024, columns=_read(names, columns)):
             for record in batch.to_pylist():
-                yield (number := number + 1), record
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}") from None
+                yield (number := number + 1), dict.fromkeys(names) | record
 
 
-def _csv(path: Path) -> Records:
+def _read(names: list[str], columns: Columns) -> list[str]:
+    """Which columns to read: those that are used, or any, so that rows are seen to lack them."""
+    return [name for name in names if columns.read(name)] or names[:1]
+
+
+def _csv(path: Path, columns: Columns) -> Records:
     """Strings only; a record is known by the line on which it begins."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
-            begin = 1 + bool(reader.fieldnames) * reader.line_num
-            for record in reader:
-                yield begin, record
-                begin = reader.line_num + 1
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable CSV file: {error}") from None
+    with (
+        _readable(path, "CSV", csv.Error, UnicodeDecodeError),
+        _open(path) as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines,
+    ):
+        reader = csv.DictReader(lines)
+        begin = 1 + bool(reader.fieldnames) * reader.line_num
+        for record in reader:
+            yield begin, record
+            begin = reader.line_num + 1
 
 
-def read_dataset(name: str, config: str | None, split: str) -> Records:
+READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+KINDS = ".jsonl, .json, .csv or .parquet file"
+
+
+def read_dataset(
+    name: str, config: str | None, split: str, columns: Columns | None = None
+) -> Records:
     """The rows of a hub data set, or of a local folder laid out like one, from row 0.
 
     Raises:
@@ -147,8 +257,9 @@ def read_dataset(name: str, config: str | None, split: str) -> Records:
             f"dataset_name: cannot load {name!r} with dataset_config {config}, split {split!r}: "
             f"{error.__cause__ or error}"
         ) from None
-    data = data.select_columns([column for column in data.column_names if column in FIELDS])
-    return enumerate(data)
+    names = data.column_names
+    data = data.select_columns(_read(names, columns or Columns()))
+    return enumerate(dict.fromkeys(names) | record for record in data)
 
 
 def hold_out(

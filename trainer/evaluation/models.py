@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer import merge
+from trainer.chat import ChatOptions
 from trainer.config import InputError, RunConfig
 from trainer.loading import named
 
@@ -52,6 +53,17 @@ def open_model(source: Source, file: str) -> tuple[PreTrainedModel, PreTrainedTo
     with named(f"models: {source.path}"):
         model, tokenizer = merge.load_whole(source.config(file))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def chat_options(kwargs: str | None, date: str | None) -> ChatOptions:
+    """What chat templates are told, from the command line's words.
+
+    Raises:
+        InputError: `kwargs` is no mapping in JSON, or `date` no day.
+    """
+    given = {"chat_template_kwargs": kwargs, "date": date}
+    config = RunConfig(model_name_or_path="none", train_file="none", **given)
+    return ChatOptions(config.chat_template_kwargs or {}, config.date)
 
 
 def named_sources(models: dict[str, str], head: dict[str, float | None]) -> dict[str, Source]:
