@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from rpo_kernels import plan as head_plan
-from rpo_kernels.api import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
+from rpo_kernels.strategy import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
 from trainer.adapters import add_adapters
 from trainer.config import RunConfig
 from trainer.loading import check_weights, locate_model, named, read_config
