@@ -62,6 +62,19 @@ def in_blocks(rows, columns):
     return quantize
 
 
+def in_named_blocks(weight):
+    """The same as compressed-tensors names it, the last block of each side cut."""
+    parts, meant = in_blocks(128, 128)(weight)
+    return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}, meant
+
+
+def by_tensor(weight):
+    """FP8 with one scale."""
+    scale = weight.abs().amax()[None] / 448
+    numbers = (weight / scale).to(F8)
+    return {"weight": numbers, "weight_scale": scale}, numbers.float() * scale
+
+
 def by_row(kind, low, high):
     """A scale per row, as compressed-tensors stores FP8 and INT8."""
 
@@ -106,6 +119,16 @@ READ = {
     "fp8": (in_blocks(32, 16), FP8 | {"weight_block_size": [32, 16]}),
     "fp8, one block": (in_blocks(256, 256), FP8 | {"weight_block_size": [256, 256]}),
     "compressed fp8": (by_row(F8, -448, 448), compressed("float-quantized", 8, "float", "channel")),
+    "compressed fp8, one scale": (
+        by_tensor, compressed("float-quantized", 8, "float", "tensor"),
+    ),
+    "compressed fp8, blocks": (
+        in_named_blocks,
+        compressed("float-quantized", 8, "float", "block", block_structure=[128, 128]),
+    ),
+    "compressed, naive": (
+        by_row(torch.int8, -128, 127), compressed("naive-quantized", 8, "int", "channel"),
+    ),
     "compressed int8": (
         by_row(torch.int8, -128, 127), compressed("int-quantized", 8, "int", "channel"),
     ),

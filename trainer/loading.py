@@ -205,9 +205,10 @@ def check_weights(source: str, config: RunConfig) -> None:
     """Refuse a folder whose weights' names and shapes are not its config's; no weight is read.
 
     What would have to be read or downloaded for that (GGUF, bitsandbytes, the hub) is left to
-    `load_model`.
+    `load_model`, and a folder without weights may be planned with.
     """
-    if config.gguf_file is not None or not Path(source).is_dir():
+    files = [file for kind in ("safetensors*", "bin") for file in Path(source).glob(f"*.{kind}")]
+    if config.gguf_file is not None or not files:
         return
     stored = quantized.stored_quantization(read_config(source))
     if not stored or quantized.method_of(stored) != "bitsandbytes":
