@@ -95,7 +95,8 @@ def half_gradients(kind: str, accelerator: Accelerator, dtype: str) -> dict[str,
     }
     if ranks > 1:
         policy = distributed.shard(policy, accelerator)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+    alone = ranks == 1 and dtype == "bfloat16"  # `shard` does it itself
+    with torch.autocast("cpu", torch.bfloat16, enabled=alone):
         if ranks > 1:
             results["kept"] = kept_weights(policy, split, shapes)
         step = plan_pass(list(range(8)), 8, ranks, 1)[0]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -249,6 +250,21 @@ def test_sharding_that_is_asked_for_but_not_done_is_an_error(
         distributed.take_request(tiny_config())
     with pytest.raises(InputError, match="weight is not sharded"):
         distributed.check_sharded(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("sharding", "liger", "device"),
+    [
+        (None, False, "meta"),
+        ("zero3", False, "meta"),
+        ("fsdp2", False, "cpu"),
+        ("fsdp2", True, "meta"),
+    ],
+)
+def test_a_model_that_is_sharded_is_checked_before_it_is_on_a_device(sharding, liger, device):
+    accelerator = SimpleNamespace(device=torch.device("meta"))
+    config = tiny_config(use_liger_kernel=liger)
+    assert run.check_device(config, sharding, accelerator) == torch.device(device)
 
 
 def test_two_ways_to_shard_are_refused(monkeypatch):

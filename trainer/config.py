@@ -177,7 +177,7 @@ class RunConfig:
     max_workspace_mb: float | None = None
     """Bound on the fused head's temporary memory in MiB; null is the package's default."""
     cpu_threads: int = 0
-    """Threads per process on a CPU; 0 shares all cores (`accelerate launch` would use one)."""
+    """CPU threads per process; 0 shares all cores (`accelerate launch` would use one)."""
     ddp_timeout: int = 1800
     """Seconds that a process waits for the others, also while the main one saves and uploads."""
 

@@ -83,7 +83,8 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     if "eval" in splits and config.sample_prompts:
         asked = first_prompts(splits["eval"].pairs, config.sample_prompts)
         check_answers(policy.language_model, asked, config.max_new_tokens)
-    check_model(policy.to(accelerator.device), splits["train"].pairs[0])
+    policy.to(check_device(config, sharding, accelerator))
+    check_model(policy, splits["train"].pairs[0])
     reference = Reference(config, policy, tokenizer, splits, accelerator)
     models = {"model_name_or_path": policy, "ref_model_name_or_path": reference.model}
     fingerprint = checkpoint.fingerprint(config, splits, plans["train"], models)
@@ -167,6 +168,15 @@ def open_log(
     if accelerator.is_main_process:
         checkpoint.clear(log.folder, resuming=resumed is not None)
     return log
+
+
+def check_device(config: RunConfig, sharding: str | None, accelerator: Accelerator) -> torch.device:
+    """Where the whole policy is checked: it may be larger than a device that FSDP2 gives a part.
+
+    Liger's kernels do not run on CPUs, and DeepSpeed puts all of it on the device anyway.
+    """
+    on_cpu = sharding == "fsdp2" and not config.use_liger_kernel
+    return torch.device("cpu") if on_cpu else accelerator.device
 
 
 def prepare(
@@ -284,9 +294,9 @@ def start(config: RunConfig) -> Accelerator:
         )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(config.cpu_threads or max(1, share))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config.cpu_threads or max(1, share))  # torchrun would have one
     set_seed(config.seed)
     return accelerator
 
