@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from trainer_tiny import (
     CHATML,
     record,
@@ -198,6 +199,38 @@ def test_the_table_serves_other_rates_losses_seeds_and_batch_sizes(train, tmp_pa
         assert computed == [] and len(tables(tmp_path)) == 2
         if "ipo" not in words:
             assert rows[0]["eval/loss/dpo"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+@pytest.fixture
+def any_precision():
+    """Accelerate's state, which keeps the first precision, begun and left anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_an_untrained_policy_ties_whatever_batch_filled_the_table(
+    dtype, warmup, train, tmp_path, any_precision
+):
+    """A warm-up's first step has no learning rate, so the policy of the second is untrained."""
+    words = ("--dtype", dtype, "--max_steps", 4, "--warmup_ratio", warmup)
+    train(*words)
+    random, eps = np.random.default_rng(0), torch.finfo(getattr(torch, dtype)).eps
+    for path in tables(tmp_path):  # some roundings more or less, as other batches have
+        table = np.memmap(path, ROW, "r+")
+        for i, row in enumerate(table):
+            row["logps"] *= 1 + 4 * eps * random.choice([-1, 1], 2)
+            row["check"] = ref_cache._check(i, row["logps"])
+        table.flush()
+    rows, computed, _ = train(*words)
+    assert computed == []
+    untrained = [rows[0], *(row for row in rows if 0 < row["step"] < (3 if warmup else 2))]
+    for prefix in ("eval/", ""):
+        found = [row for row in untrained if f"{prefix}loss" in row]
+        assert found and all(row[f"{prefix}rewards/accuracies"] == 0.5 for row in found)
+        assert any(row[f"{prefix}rewards/margins"] for row in found)  # which rounding decides
 
 
 def test_another_model_template_data_or_length_is_another_table(train, folder, tmp_path):
