@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from trainer_tiny import (
     CHATML,
     record,
@@ -29,7 +30,7 @@ from trainer.config import InputError
 from trainer.packing import Step, pack, plan_pass, share_prefixes
 from trainer.recipe import parse_config
 from trainer.ref_cache import ROW, Table, data_key, model_key
-from trainer.reference import Reference, fill, scorer
+from trainer.reference import TOLERANCE, Reference, fill, scorer
 
 PAIRS = 10
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
@@ -198,6 +199,38 @@ def test_the_table_serves_other_rates_losses_seeds_and_batch_sizes(train, tmp_pa
         assert computed == [] and len(tables(tmp_path)) == 2
         if "ipo" not in words:
             assert rows[0]["eval/loss/dpo"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+@pytest.fixture
+def any_precision():
+    """Accelerate's state, which keeps the first precision, begun and left anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_an_untrained_policy_ties_whatever_batch_filled_the_table(
+    dtype, warmup, train, tmp_path, any_precision
+):
+    """A warm-up's first step has no learning rate, so the policy of the second is untrained."""
+    words = ("--dtype", dtype, "--max_steps", 4, "--warmup_ratio", warmup)
+    train(*words)
+    random, noise = np.random.default_rng(0), TOLERANCE[dtype] / 2
+    for path in tables(tmp_path):  # what loading takes for the rounding of other batches
+        table = np.memmap(path, ROW, "r+")
+        for i, row in enumerate(table):
+            row["logps"] *= 1 + noise * random.choice([-1, 1], 2)
+            row["check"] = ref_cache._check(i, row["logps"])
+        table.flush()
+    rows, computed, _ = train(*words)
+    assert computed == []
+    untrained = [rows[0], *(row for row in rows if 0 < row["step"] < (3 if warmup else 2))]
+    for prefix in ("eval/", ""):
+        found = [row for row in untrained if f"{prefix}loss" in row]
+        assert found and all(row[f"{prefix}rewards/accuracies"] == 0.5 for row in found)
+        assert any(row[f"{prefix}rewards/margins"] for row in found)  # which rounding decides
 
 
 def test_another_model_template_data_or_length_is_another_table(train, folder, tmp_path):

@@ -62,7 +62,13 @@ def named(values: Tensor) -> dict[str, float]:
 
 
 def run_step(
-    model: nn.Module, split: Split, step: Step, accelerator: Accelerator, *, train: bool
+    model: nn.Module,
+    split: Split,
+    step: Step,
+    accelerator: Accelerator,
+    *,
+    train: bool,
+    untrained: bool = False,
 ) -> Tensor:
     """Forward, and backward if `train`, over every micro-batch of a step.
 
@@ -76,6 +82,9 @@ def run_step(
         step: which pairs, and how they are split.
         accelerator: gives rank, device and the reductions over ranks.
         train: whether to compute gradients.
+        untrained: whether no update has changed the weights. Where the reference is the policy's
+            own start, the two are one function then, and every pair is a tie, whatever the rounding
+            of log-probs says that were summed in other batches.
 
     Returns:
         `METRICS` (10,) of the step, the same on every rank.
@@ -93,7 +102,10 @@ def run_step(
             out = model(batch, ref, num_pairs, num_chosen_tokens)
             if train:  # gradients are averaged over ranks; the step's gradient is the sum
                 distributed.backward(out.loss * accelerator.num_processes, model, accelerator)
-        shares += metric_shares(out, ref, num_pairs)
+        share = metric_shares(out, ref, num_pairs)
+        if untrained and split.own_reference:
+            share[METRICS.index("rewards/accuracies")] = 0.5 * len(batch.indices) / num_pairs
+        shares += share
         outcomes.append((batch.indices, out.chosen_logps, out.rejected_logps))
     shares = accelerator.reduce(shares, "sum")
     if train and not shares[0].isfinite():
@@ -132,11 +144,11 @@ def evaluation_step(num_pairs: int, batch_size: int, ranks: int) -> Step:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, step: Step, accelerator: Accelerator
+    model: nn.Module, split: Split, step: Step, accelerator: Accelerator, untrained: bool = False
 ) -> dict[str, float]:
-    """Means over a held-out set, as `eval/...`."""
+    """Means over a held-out set, as `eval/...`; `untrained` as in `run_step`."""
     started = time.perf_counter()
-    values = named(run_step(model, split, step, accelerator, train=False))
+    values = named(run_step(model, split, step, accelerator, train=False, untrained=untrained))
     row = {f"eval/{name}": value for name, value in values.items()}
     return row | {"eval/seconds": time.perf_counter() - started}
 
@@ -154,6 +166,12 @@ class Training:
     """Optimizer steps taken."""
     window: list[dict[str, float]] = field(default_factory=list)
     """Values of the steps since the last logged row."""
+
+    @property
+    def untrained(self) -> bool:
+        """Whether no update has changed the weights: a warm-up's first has a learning rate of 0."""
+        rate = self.schedule.lr_lambdas[0]
+        return all(rate(k) == 0 for k in range(self.schedule.last_epoch))
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
@@ -228,7 +246,8 @@ def take_step(
     """
     started = time.perf_counter()
     try:
-        values = named(run_step(training.model, split, step, accelerator, train=True))
+        model, untrained = training.model, training.untrained
+        values = named(run_step(model, split, step, accelerator, train=True, untrained=untrained))
     except FloatingPointError as error:
         raise FloatingPointError(f"step {training.step + 1}: {error}") from None
     values["learning_rate"] = training.schedule.get_last_lr()[0]

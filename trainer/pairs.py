@@ -75,6 +75,8 @@ class Split:
     report: dict[str, object] = field(default_factory=dict)
     reference: Callable[[Batch], Tensor] | None = None
     """Summed reference log-probs (2B,) in nats of a batch of pairs, chosen ones first."""
+    own_reference: bool = False
+    """Whether the reference is the policy as it is at the start."""
 
 
 def named_pairs(split: Split, indices: Iterable[int]) -> str:

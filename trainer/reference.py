@@ -76,7 +76,9 @@ class Reference:
             splits, plans: the data sets, and the plan of each.
         """
         score = scorer(policy if self.model is None else self.model, self.accelerator)
+        own = self.config.reference != "none" and not self.config.ref_model_name_or_path
         for name, split in splits.items():
+            split.own_reference = own
             if self.config.reference in ("online", "adapter"):
                 split.reference = score
             elif self.config.reference == "precomputed":

@@ -98,7 +98,8 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
 
     def evaluate_now() -> None:
         if "eval" in splits:
-            values = evaluate(model, splits["eval"], plans["eval"][0], accelerator)
+            split, steps = splits["eval"], plans["eval"]
+            values = evaluate(model, split, steps[0], accelerator, training.untrained)
             log.write({"step": training.step} | values)
             if config.sample_prompts:
                 answers = take_samples(model, tokenizer, splits["eval"], config, accelerator)

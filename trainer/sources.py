@@ -114,16 +114,20 @@ def find_files(name: str) -> list[str]:
     if any(place.is_file() for place in places):
         return [name]
     for folder in filter(Path.is_dir, places):
-        inside = sorted(path for path in folder.rglob("*") if path.is_file())
-        hidden = [path for path in inside if path.relative_to(folder).as_posix().startswith(".")]
-        found = [str(path) for path in inside if _kind(path) in READERS and path not in hidden]
+        inside = _matches(f"{glob.escape(str(folder))}/**/*")
+        found = [path for path in inside if _kind(Path(path)) in READERS]
         if not found:
             raise InputError(f"{name}: no {KINDS} in this folder")
         return found
     for place in places if glob.has_magic(name) else ():
-        if found := sorted(path for path in glob.glob(str(place), recursive=True)):
-            return [path for path in found if Path(path).is_file()]
+        if found := _matches(str(place)):
+            return found
     return [str(find_file(name))]  # which says where it was looked for
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files, none of them hidden, that a glob matches, in order."""
+    return sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
 
 
 def read_file(name: str, columns: Columns | None = None) -> Records:
@@ -136,13 +140,17 @@ def read_file(name: str, columns: Columns | None = None) -> Records:
     """
     path = find_file(name)
     if _kind(path) not in READERS:
-        raise InputError(f"{name}: expected a {KINDS}, got {_kind(path) or 'no suffix'}")
+        raise InputError(
+            f"{name}: expected a {KINDS} (all but the last may end in .gz), got "
+            f"{''.join(path.suffixes[-2:]) or 'no suffix'}"
+        )
     return READERS[_kind(path)](path, columns or Columns())
 
 
 def _kind(path: Path) -> str:
     """A file's last suffix, or the one before .gz."""
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return "" if kind == ".parquet" and path.suffix == ".gz" else kind
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -177,6 +185,11 @@ def _json(path: Path, columns: Columns) -> Records:
         text = file.read().decode("utf-8-sig")
     start = len(text) - len(text.lstrip())
     if text[start : start + 1] != "[":
+        if _is_one_object(text):
+            raise InputError(
+                f"{path}: expected an array, or one object a line, got one object over several "
+                "lines; write its array alone"
+            )
         yield from _jsonl(path, columns)
         return
     decoder, line, counted, place = json.JSONDecoder(), 1, 0, _next(text, start + 1)
@@ -195,6 +208,14 @@ def _json(path: Path, columns: Columns) -> Records:
     if text[place + 1 :].strip():
         line += text.count("\n", counted, _next(text, place + 1))
         raise InputError(f"{path}:{line}: not valid JSON: text follows the array")
+
+
+def _is_one_object(text: str) -> bool:
+    """Whether a text is a single JSON object of several lines."""
+    try:
+        return len(text.split("\n", 2)) > 2 and isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _next(text: str, place: int) -> int:
