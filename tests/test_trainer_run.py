@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from trainer_tiny import EPS, GOOD, equal_sums, nudged, record, save_tiny, write_jsonl
+from trainer_tiny import EPS, GOOD, assert_same_run, nudged, record, save_tiny, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import card, report, run
@@ -325,7 +325,7 @@ def test_two_processes_train_as_one(finished, tiny, tmp_path):
         other = ["--model_name_or_path", nudged(source, tmp_path / f"model{seed}", seed)]
         out = ["--output_dir", str(tmp_path / f"nudged{seed}"), "--eval_steps", "4"]
         reruns.append(untimed(run.run(parse_config([*tiny, *other, *out]))))
-    equal_sums(two, reruns, one)
+    assert_same_run(two, reruns, one)
     samples = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in samples] == [0, 0, 4, 4, 6, 6]
 
