@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_within_roundings, examples
+from support import QUADRATIC, ROUNDINGS, assert_within_roundings, examples, loss_limits
 
 from rpo_kernels import oracle
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS, sft_weight, total_terms
@@ -18,10 +18,8 @@ LN2 = math.log(2)
 MEANS = {"ipo", "simpo", "orpo"}
 REFERENCE_FREE = {"simpo", "orpo", "cpo"}
 SMOOTHED = {"sigmoid", "robust", "exo_pair", "simpo", "cpo"}
-QUADRATIC = {"ipo", "sppo_hard"}
 EPS64 = torch.finfo(torch.float64).eps
 ORPO_SERIES = 0.05**6 / math.factorial(7)  # the first term left out, where it is the largest
-ROUNDINGS = 8  # operations between an argument and a value or slope, of the formula or its oracle
 
 
 def epsilons(name: str) -> list[float]:
@@ -62,19 +60,11 @@ def test_value_and_slopes_are_those_of_the_oracle(name):
             return  # the kink: any slope between is one
         found = [x.item() for x in LOSSES[name].pair(*inputs, beta, epsilon, gamma)]
         truth = value_and_slopes(name, c, r, beta, epsilon, gamma)
-        # every intermediate is rounded; the largest sets by how much. An exponential turns that
-        # absolute error of its argument into a relative one of its value.
-        size = 1 + beta * (abs(c) + abs(r)) + gamma
-        if name in QUADRATIC:
-            size = (abs(c) + abs(r) + 1 / beta) ** 2
-        size /= 1 - 2 * epsilon
-        for out, want, scale in zip(found, truth, (size, size * beta, size * beta), strict=True):
-            if name in QUADRATIC:
-                scale = size
-            limit = ROUNDINGS * EPS64 * (scale + size * abs(want))
+        limits = loss_limits(name, c, r, beta, epsilon, gamma, truth, torch.float64)
+        for out, want, limit in zip(found, truth, limits, strict=True):
             if name == "orpo" and max(c, r) > -0.05:
-                limit += ORPO_SERIES * (scale + abs(want))
-            assert abs(out - want) <= limit, (found, truth, limit)
+                limit += ORPO_SERIES * (1 + beta * (abs(c) + abs(r)) + abs(want))
+            assert abs(out - want) <= limit, (found, truth, limits)
 
     check()
 

@@ -242,14 +242,15 @@ def in_float64():
             yield
 
 
-def both_precisions(model, sequences):
-    """`token_logps` of a float32 model, plainly and in float64, both with their graph."""
+def both_precisions(model, sequences, autocast=None):
+    """`token_logps` of a float32 model, plainly (under `autocast` to a dtype) and in float64."""
     exact, plain = copy.deepcopy(model), copy.deepcopy(model)
     for parameter in exact.parameters():
         parameter.data = parameter.data.double()
     for one in (exact, plain):
         one.zero_grad()
-    logps = token_logps(plain, sequences)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        logps = token_logps(plain, sequences).float()
     with in_float64():
         return (plain, logps), (exact, token_logps(exact, sequences))
 
@@ -279,12 +280,18 @@ class TrueStep(NamedTuple):
     """The gradient of the plain float32 expression."""
 
 
-def true_step(model, pairs, ref_logps, config):
-    """`TrueStep` of B pairs on a float32 model's own logits; ref_logps: (B, 2)."""
-    found = both_precisions(model, sides(pairs))
-    for _, logps in found:
+def true_step(model, pairs, ref_logps, config, autocast=None):
+    """`TrueStep` of B pairs on a float32 model's own logits; ref_logps: (B, 2).
+
+    autocast: the dtype under which the plain expression runs, its loss scaled.
+    """
+    found, scale = both_precisions(model, sides(pairs), autocast), 1 if autocast is None else 2**16
+    for one, logps in found:
         sums = logps.sum(1).view(2, -1).T
-        rpo_loss_by_hand(sums, pairs, ref_logps.to(sums.dtype), config).backward()
+        (scale * rpo_loss_by_hand(sums, pairs, ref_logps.to(sums.dtype), config)).backward()
+        for parameter in one.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= scale
     (plain, rough), (exact, logps) = ((one, logps.detach()) for one, logps in found)
     errors, values, budgets = (2 * (rough.double() - logps).abs()).float(), {}, {}
     for name in metrics_by_hand(sums, pairs, ref_logps, config):
@@ -305,6 +312,42 @@ def assert_is_step(values, grad, truth):
             assert gap <= budget, f"{name}: off by {gap:.3e}, budget {budget:.3e}"
     one = [{"gradient": x} for x in (grad, truth.plain, truth.gradient)]
     assert_within_plain_budget(*one)
+
+
+def unit(key):
+    """What a metric is measured in: metrics of one unit are off by about the same."""
+    units = ("logps/", "rewards/chosen", "rewards/rejected", "rewards/margins", "loss")
+    return next((x.split("/")[0] for x in units if x in key), key)
+
+
+def assert_same_run(rows, reruns, wanted):
+    """A run's metrics are those of another that adds up in another order.
+
+    A sum of n terms in any order is exact for terms that are off by n roundings each. So a metric
+    may differ by as much as metrics of its unit do, in this row or an earlier one, in `reruns`:
+    runs from weights that are off by so much (`nudged`).
+    """
+    assert [row.keys() for row in rows] == [row.keys() for row in wanted]
+    most = {}
+    for number, (row, want) in enumerate(zip(rows, wanted, strict=True)):
+        for key, value in want.items():
+            gaps = [abs(rerun[number][key] - value) for rerun in reruns]
+            most[unit(key)] = max(most.get(unit(key), 0.0), *gaps)
+        for key, value in want.items():
+            gap, budget = abs(row[key] - value), most[unit(key)] + EPS * abs(value)
+            assert gap <= budget, f"row {number}, {key}: off by {gap:.3e}, budget {budget:.3e}"
+
+
+def nudged(source, folder, seed):
+    """A model folder whose weights are each off by up to the roundings of the longest sum."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator).sign()
+        parameter.data *= 1 + model.config.vocab_size * EPS / 2 * noise
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def gradient(model):
