@@ -9,47 +9,15 @@ their ratios with the required ones.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from benchmarks.end_to_end import BASE
 from benchmarks.environment import ROOT
+from benchmarks.records import load, median, number, ratio
 from benchmarks.run import RESULTS
+from benchmarks.targets import compare
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
-CASES = ("gpu", "table", "scaling", "end_to_end")
-
-
-def load(folder: Path, smoke: bool = False) -> dict[tuple[str, str], dict]:
-    """The newest results of every (case, device)."""
-    newest: dict[tuple[str, str], dict] = {}
-    for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
-        if found.get("schema") != 1 or found.get("smoke", False) != smoke:
-            continue
-        key = (found["case"], found["device"]["name"])
-        if key not in newest or found["date"] >= newest[key]["date"]:
-            newest[key] = found | {"file": path.name}
-    return dict(sorted(newest.items(), key=lambda item: (CASES.index(item[0][0]), item[0][1])))
-
-
-def median(run: dict, name: str) -> float | None:
-    """Median seconds of an implementation, None if it was not timed."""
-    return run["results"].get(name, {}).get("seconds", {}).get("median")
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Significant digits without an exponent; a dash for nothing."""
-    if value is None:
-        return "–"
-    if value and abs(value) < 10 ** -(digits + 1):
-        return f"{value:.1e}"
-    text = f"{value:.{digits}g}"
-    return f"{value:.0f}" if "e" in text else text
-
-
-def ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
@@ -314,8 +282,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--write: smoke results are no figures for README")
     documents = load(a.results, a.smoke)
     if a.targets:
-        from benchmarks.targets import compare
-
         return 0 if compare(documents) else 1
     text = section(documents)
     old = a.readme.read_text() if a.readme.exists() else ""
