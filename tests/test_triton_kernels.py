@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter, against float64 PyTorch."""
+"""The Triton kernels against float64 PyTorch; interpreted without a GPU."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 pytest.importorskip("triton")
 
-from support import Problem, assert_within_roundings, rounding_bounds
+from support import Problem, assert_within_roundings, gpu_product, rounding_bounds
 
 from rpo_kernels.backends import tiles, torch_backend
 from rpo_kernels.backends import triton_backend as backend
@@ -58,7 +58,10 @@ def make(n=N, vocab=V, width=D, dtype=torch.float32, bias=True, seed=0):
 
 
 def logits(hidden, weight, bias, transform, dtype=torch.float64):
-    x = hidden.to(dtype) @ weight.to(dtype).t()
+    if dtype == torch.float32:  # what kernels sum in, whatever the operands
+        x = gpu_product(hidden, weight.t())
+    else:
+        x = hidden.to(dtype) @ weight.to(dtype).t()
     x = x if bias is None else x + bias.to(dtype)
     scale, cap = transform
     return scale * x if cap is None else cap * torch.tanh(scale * x / cap)
@@ -210,8 +213,9 @@ def test_both_fills_agree_and_choose_by_configuration(monkeypatch):
     truth = (z - shift[:, None].double() / LOG2E).exp() * slope(z, CAPPED)
     same = (plain - shift[:, None] / LOG2E).exp() * slope(plain, CAPPED)
     outs = []
+    own = backend._config(hidden)
     for path in ("fused", "panel"):
-        config = tiles.CONFIGS["interpreter", "single"]._replace(exp_path=path)
+        config = own._replace(exp_path=path)
         monkeypatch.setattr(backend, "_config", lambda hidden, config=config: config)
         outs.append(torch.full((V, N), math.nan, device=DEVICE))
         backend.exp_panel(hidden, weight, offset, shift, targets, 0, CAPPED, outs[-1])
@@ -222,7 +226,7 @@ def test_both_fills_agree_and_choose_by_configuration(monkeypatch):
 def test_float32_panel_from_half_precision(monkeypatch):
     """An output wider than the operands is always filled by the fused kernel."""
     hidden, weight, _, targets = make(dtype=torch.bfloat16, bias=False)
-    config = tiles.CONFIGS["interpreter", "half"]._replace(exp_path="panel")
+    config = backend._config(hidden)._replace(exp_path="panel")
     monkeypatch.setattr(backend, "_config", lambda hidden: config)
     z = logits(hidden, weight, None, PLAIN)
     out = torch.full((V, N), math.nan, device=DEVICE)
@@ -282,7 +286,7 @@ def test_any_shape(n, vocab, width, seed):
     z = logits(hidden, weight, offset, SCALED)
     lse, logps = softmax_of(hidden, weight, offset, targets, SCALED, 2**16)
     problem = Problem(hidden, weight, targets, offset)
-    off = rounding_bounds(problem, torch.zeros(n), SCALED.scale)["out"]
+    off = rounding_bounds(problem, torch.zeros(n, device=DEVICE), SCALED.scale)["out"]
     assert ((lse.double() - z.logsumexp(1)).abs() <= off).all()
     truth = z.log_softmax(1).gather(1, targets[:, None])[:, 0]
     assert ((logps.double() - truth).abs() <= off).all()

@@ -1,4 +1,4 @@
-"""The emulator itself: right results of small kernels, and a fault for each mistake that is planted.
+"""The emulator itself: right results of small kernels, and a fault for each planted mistake.
 
     PYTHONPATH=tests pytest -p gpu_emulator.plugin --sm 90 tests/gpu_emulator/check_emulator.py
 

@@ -1,4 +1,4 @@
-"""What a launch hands over: the checks of the real driver, arguments as parameters, memory regions."""
+"""What a launch hands over: arguments as parameters, memory regions; what a driver would refuse."""
 
 from __future__ import annotations
 

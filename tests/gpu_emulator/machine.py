@@ -162,8 +162,8 @@ def run(driver, loaded, grid, metadata, params, regions) -> int:
     counts = np.zeros((len(program.code), kinds), np.uint32)
     threads = metadata.num_warps * 32
     if program.kernel.threads and program.kernel.threads != threads:
-        driver.add_fault("illegal launch", loaded.name,
-                         f"{threads} threads, the kernel requires {program.kernel.threads}")  # fmt: skip
+        words = f"{threads} threads, the kernel requires {program.kernel.threads}"
+        driver.add_fault("illegal launch", loaded.name, words)
     launch = CLaunch(
         code=program.code.ctypes.data, lists=program.lists.ctypes.data, image=image.ctypes.data,
         special=program.special.ctypes.data, params=block.ctypes.data,
