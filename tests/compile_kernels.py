@@ -189,6 +189,7 @@ def build(family: str, kernel: triton.JITFunction, arguments: dict, label: str) 
         "shared": compiled.metadata.shared,
         "spilled": spilled,
         "registers": registers,
+        "fused": options.get("enable_fp_fusion"),
         "matrix": MATRIX[family] in text,
         "tma": "cp.async.bulk.tensor" in text,
         "seconds": round(time.perf_counter() - begin, 2),

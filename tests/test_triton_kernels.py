@@ -17,6 +17,7 @@ from support import Problem, assert_within_roundings, gpu_product, rounding_boun
 
 from rpo_kernels.backends import tiles, torch_backend
 from rpo_kernels.backends import triton_backend as backend
+from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
 from rpo_kernels.spec import Transform
 
@@ -115,6 +116,35 @@ def test_lse_within_little_memory_and_one_split():
     for max_bytes in (1, 8 * 64, 8 * 64 * 3, 2**30):
         lse, _ = softmax_of(hidden, weight, offset, targets, PLAIN, max_bytes)
         assert_plain(lse, plain, truth)
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of its launches, and launches it."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            self.launches.append(arguments)
+            return self.kernel[grid](**arguments)
+
+        return launch
+
+
+def test_outputs_are_aligned_whatever_n(monkeypatch):
+    """Triton compiles anew where a pointer's alignment changes."""
+    hidden, weight, offset, targets = make(n=N + 1, vocab=300, width=32)
+    for name in ("lse_partials", "lse_merge"):
+        recorder = Recorder(getattr(kernels, name))
+        monkeypatch.setattr(kernels, name, recorder)
+    softmax_of(hidden, weight, offset, targets, PLAIN, 1)
+    outputs = [kernels.lse_partials.launches, kernels.lse_merge.launches]
+    assert len(outputs[0]) > 1
+    for name, launches in zip(
+        ("target", "shift", "sums"), [outputs[0], *2 * [outputs[1]]], strict=True
+    ):
+        assert all(launch[name].data_ptr() % 16 == 0 for launch in launches), name
 
 
 def test_a_probability_near_one_keeps_its_accuracy():
