@@ -5,9 +5,7 @@
     ...
     print(driver.report())             # launches, and every fault that was seen
 
-Files: `driver` stands in for the CUDA driver, `ptx` parses, `program` turns a kernel into bytecode,
-`vm.c` executes it, `machine` drives that and collects faults. `projects` holds the harness for one
-package. Limits stand in README.md.
+README.md has the list of files, what is checked, and the limits.
 """
 
 from gpu_emulator.driver import EmulatedDriver, install
