@@ -218,6 +218,7 @@ def build(family: str, kernel: triton.JITFunction, arguments: dict, label: str) 
         "shared": compiled.metadata.shared,
         "spilled": spilled,
         "registers": registers,
+        "fused": options.get("enable_fp_fusion"),
         "matrix": MATRIX[family] in text,
         "tma": "cp.async.bulk.tensor" in text,
         "stores": stores(compiled.asm),

@@ -232,6 +232,23 @@ def double(problem: Problem) -> Problem:
     return Problem(*(x.double() if x is not None and x.is_floating_point() else x for x in problem))
 
 
+def gpu_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a (m, k) @ b (k, n)`` in float32, in the coarsest order that a GPU sums exact products in.
+
+    float32 ones are added one after the other; matrix units add eight half-precision ones at a time
+    and cut off what does not fit.
+    """
+    step = 1 if a.dtype == torch.float32 else 8
+    total = torch.zeros(a.shape[0], b.shape[1], device=a.device)
+    for k in range(0, a.shape[1], step):
+        exact = total.double() + a[:, k : k + step].double() @ b[k : k + step].double()
+        total = exact.float()
+        if step > 1:
+            above = total.double().abs() > exact.abs()
+            total = torch.where(above, total.nextafter(torch.zeros_like(total)), total)
+    return total
+
+
 def relative_error(out: Tensor, truth: Tensor) -> float:
     """``||out - truth|| / ||truth||``; inf for NaN; 0 where both are zero."""
     norm, gap = truth.double().norm().item(), (out.double() - truth.double()).norm().item()

@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter, against float64 PyTorch."""
+"""The Triton kernels against float64 PyTorch; interpreted without a GPU."""
 
 import math
 import os
@@ -13,10 +13,18 @@ from torch.nn.functional import logsigmoid
 
 pytest.importorskip("triton")
 
-from support import ROUNDINGS, Problem, assert_within_roundings, loss_limits, rounding_bounds
+from support import (
+    ROUNDINGS,
+    Problem,
+    assert_within_roundings,
+    gpu_product,
+    loss_limits,
+    rounding_bounds,
+)
 
 from rpo_kernels.backends import tiles, torch_backend
 from rpo_kernels.backends import triton_backend as backend
+from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
 from rpo_kernels.spec import Objective, Transform
 
@@ -58,7 +66,10 @@ def make(n=N, vocab=V, width=D, dtype=torch.float32, bias=True, seed=0):
 
 
 def logits(hidden, weight, bias, transform, dtype=torch.float64):
-    x = hidden.to(dtype) @ weight.to(dtype).t()
+    if dtype == torch.float32:  # what kernels sum in, whatever the operands
+        x = gpu_product(hidden, weight.t())
+    else:
+        x = hidden.to(dtype) @ weight.to(dtype).t()
     x = x if bias is None else x + bias.to(dtype)
     scale, cap = transform
     return scale * x if cap is None else cap * torch.tanh(scale * x / cap)
@@ -112,6 +123,35 @@ def test_lse_within_little_memory_and_one_split():
     for max_bytes in (1, 8 * 64, 8 * 64 * 3, 2**30):
         lse, _ = softmax_of(hidden, weight, offset, targets, PLAIN, max_bytes)
         assert_plain(lse, plain, truth)
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of its launches, and launches it."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            self.launches.append(arguments)
+            return self.kernel[grid](**arguments)
+
+        return launch
+
+
+def test_outputs_are_aligned_whatever_n(monkeypatch):
+    """Triton compiles anew where a pointer's alignment changes."""
+    hidden, weight, offset, targets = make(n=N + 1, vocab=300, width=32)
+    for name in ("lse_partials", "lse_merge"):
+        recorder = Recorder(getattr(kernels, name))
+        monkeypatch.setattr(kernels, name, recorder)
+    softmax_of(hidden, weight, offset, targets, PLAIN, 1)
+    outputs = [kernels.lse_partials.launches, kernels.lse_merge.launches]
+    assert len(outputs[0]) > 1
+    for name, launches in zip(
+        ("target", "shift", "sums"), [outputs[0], *2 * [outputs[1]]], strict=True
+    ):
+        assert all(launch[name].data_ptr() % 16 == 0 for launch in launches), name
 
 
 def test_a_probability_near_one_keeps_its_accuracy():
@@ -210,8 +250,9 @@ def test_both_fills_agree_and_choose_by_configuration(monkeypatch):
     truth = (z - shift[:, None].double() / LOG2E).exp() * slope(z, CAPPED)
     same = (plain - shift[:, None] / LOG2E).exp() * slope(plain, CAPPED)
     outs = []
+    own = backend._config(hidden)
     for path in ("fused", "panel"):
-        config = tiles.CONFIGS["interpreter", "single"]._replace(exp_path=path)
+        config = own._replace(exp_path=path)
         monkeypatch.setattr(backend, "_config", lambda hidden, config=config: config)
         outs.append(torch.full((V, N), math.nan, device=DEVICE))
         backend.exp_panel(hidden, weight, offset, shift, targets, 0, CAPPED, outs[-1])
@@ -222,7 +263,7 @@ def test_both_fills_agree_and_choose_by_configuration(monkeypatch):
 def test_float32_panel_from_half_precision(monkeypatch):
     """An output wider than the operands is always filled by the fused kernel."""
     hidden, weight, _, targets = make(dtype=torch.bfloat16, bias=False)
-    config = tiles.CONFIGS["interpreter", "half"]._replace(exp_path="panel")
+    config = backend._config(hidden)._replace(exp_path="panel")
     monkeypatch.setattr(backend, "_config", lambda hidden: config)
     z = logits(hidden, weight, None, PLAIN)
     out = torch.full((V, N), math.nan, device=DEVICE)
@@ -282,7 +323,7 @@ def test_any_shape(n, vocab, width, seed):
     z = logits(hidden, weight, offset, SCALED)
     lse, logps = softmax_of(hidden, weight, offset, targets, SCALED, 2**16)
     problem = Problem(hidden, weight, targets, offset)
-    off = rounding_bounds(problem, torch.zeros(n), SCALED.scale)["out"]
+    off = rounding_bounds(problem, torch.zeros(n, device=DEVICE), SCALED.scale)["out"]
     assert ((lse.double() - z.logsumexp(1)).abs() <= off).all()
     truth = z.log_softmax(1).gather(1, targets[:, None])[:, 0]
     assert ((logps.double() - truth).abs() <= off).all()

@@ -110,7 +110,8 @@ def lse_and_target(
     a row and split of the vocabulary.
     """
     n, vocab, tile = hidden.shape[0], weight.shape[0], _config(hidden).tile
-    shift, sums, target = hidden.new_zeros(3, n, dtype=torch.float32)
+    # every row begins at a multiple of 16 bytes: Triton compiles for one alignment only
+    shift, sums, target = hidden.new_zeros(3, _blocks(n, 4) * 4, dtype=torch.float32)[:, :n]
     slots = tiles.of_device(hidden.device)[1] * tile.per_sm
     least = min(_blocks(vocab, tile.block_v), _blocks(slots, tiles.GROUP_ROWS))
     step = max(tile.block_n, max_bytes // (8 * least) // tile.block_n * tile.block_n)
@@ -145,6 +146,7 @@ def lse_and_target(
                 BLOCK_S=tiles.MERGE_SPLITS,
                 BLOCK_N=tiles.MERGE_ROWS,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
     return shift, sums, target - shift
 

@@ -170,5 +170,6 @@ def tail(
             SFT_MEAN=objective.sft_reduction == "sequence_mean",
             BLOCK=tiles.TAIL_TOKENS,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return pairs, coef
