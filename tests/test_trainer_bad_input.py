@@ -11,10 +11,11 @@ from rpo_kernels import fused_rpo_loss
 from rpo_kernels.losses import LOSSES
 from trainer.config import InputError, RunConfig
 from trainer.data import BadRows
+from trainer.files import read_file
 from trainer.loading import locate_model
 from trainer.model import loss_options
 from trainer.recipe import parse_config
-from trainer.sources import check_rows, read_file
+from trainer.sources import check_rows
 
 
 def fields(values, _):
@@ -272,7 +273,11 @@ BAD = [
     ),
     # Data files.
     (data_file, ("none.jsonl", None), "no such file"),
-    (data_file, ("rows.txt", b"a,b\n"), "expected a .jsonl, .json, .csv or .parquet file, got"),
+    (
+        data_file,
+        ("rows.txt", b"a,b\n"),
+        "expected a .jsonl, .json, .csv or .parquet file (all but the last",
+    ),
     (data_file, ("rows.csv", b"\xff\n"), "not a readable CSV file"),
     (data_file, ("rows.parquet", b"no parquet"), "not a readable Parquet file"),
     (data_file, ("rows.json", b'\n[{"prompt": "a"}]\n'), "rows.json:2: missing field: chosen"),

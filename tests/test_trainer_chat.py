@@ -12,7 +12,8 @@ from trainer_tiny import CHATML, record, save_tiny, tiny_tokenizer, write_jsonl
 from transformers.utils import chat_template_utils
 
 from trainer import run
-from trainer.chat import Chat, ChatOptions, today
+from trainer.chat import Chat, ChatOptions
+from trainer.clock import today
 from trainer.config import InputError
 from trainer.data import BadRow, BadRows, check_record
 from trainer.encoding import Encoder, encode_rows, string_warnings

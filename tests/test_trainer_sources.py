@@ -8,11 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 from trainer_tiny import ANSWER, GOOD, TALK, USER, chat, record, tiny_tokenizer, write_jsonl
 
+from trainer.columns import Columns
 from trainer.config import InputError, RunConfig
-from trainer.data import BadRow, BadRows, Columns, check_record
+from trainer.data import BadRow, BadRows, check_record
 from trainer.encoding import encode_rows
+from trainer.files import find_files, read_file
 from trainer.recipe import parse_config
-from trainer.sources import find_files, read_file, read_rows, read_splits
+from trainer.sources import read_rows, read_splits
 from trainer.truncation import Limits
 
 NO = chat("", "no")[1]

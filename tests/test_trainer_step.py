@@ -20,6 +20,7 @@ from trainer_tiny import (
     tiny_llama,
     tiny_policy,
     tiny_split,
+    tiny_tokenizer,
     true_step,
 )
 
@@ -214,7 +215,9 @@ def test_a_budget_below_the_longest_pair_is_refused():
     steps = plan(tiny_config(max_tokens_per_batch=longest), {"train": split, "eval": split}, 2)
     assert sorted(steps["train"][0].indices) == sorted(steps["eval"][0].indices) == [0, 1, 2, 3]
     assert all(len(pairs) <= 1 for row in steps["eval"][0].micro_batches for pairs in row)
-    with pytest.raises(InputError, match=f"max_tokens_per_batch: expected at least {longest}, the"):
+    place = next(pair.source for pair in split.pairs if pair.packed_tokens == longest)
+    message = f"max_tokens_per_batch: expected at least {longest}, .* longest pair .{place}.,"
+    with pytest.raises(InputError, match=message):
         plan(tiny_config(max_tokens_per_batch=longest - 1), {"train": split}, 1)
 
 
@@ -229,3 +232,18 @@ def test_nan_stops_the_run():
     for loss, norm in ((float("nan"), 1.0), (0.7, float("inf"))):
         with pytest.raises(FloatingPointError, match="step 3: loss .*lower learning_rate"):
             check_finite(3, loss, norm)
+
+
+def test_pairs_whose_log_probs_are_not_finite_are_named():
+    """Of a step whose loss is not finite; the weights stay as they are."""
+    split, (policy, accelerator) = tiny_split(4), tiny_policy(tiny_llama(tied=False))
+    split.reference = lookup(torch.zeros(4, 2))
+    (mark,) = tiny_tokenizer()("!")["input_ids"]
+    policy.language_model.get_input_embeddings().weight.data[mark] = torch.nan
+    named = [pair.source for pair in split.pairs if mark in pair.chosen.ids]
+    assert 0 < len(named) < 4
+    step = plan_pass([0, 1, 2, 3], 4, 1, 2)[0]
+    message = f"^loss nan, as log-probs are not finite: {', '.join(named)}; lower learning_rate"
+    with pytest.raises(FloatingPointError, match=message):
+        run_step(policy, split, step, accelerator, train=True)
+    run_step(policy, split, step, accelerator, train=False)  # an evaluation says nan

@@ -9,21 +9,19 @@ line breaks, footers or openings of another turn that may follow. Where a templa
 turn otherwise than it asks for one, because its prompt opens a thought or its conversations leave
 thoughts out, the thought is put where the prompt has the model say it; nothing is left out unsaid.
 
-Templates may ask for the time. They are told the start of one day, the run's.
+Templates may ask for the time. They are told the start of one day, the run's (`clock`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import os.path
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
 
+from trainer.clock import Clock, today
 from trainer.config import InputError
 from trainer.data import REASONING, BadRow, Message
 
@@ -43,47 +41,6 @@ class ChatOptions:
     """Further variables, such as `enable_thinking`."""
     date: str | None = None
     """The day that its clock shows, as YYYY-MM-DD; None is today."""
-
-
-def today() -> str:
-    """The day, as YYYY-MM-DD, that a chat template would be told now."""
-    return _clock_shows("%Y-%m-%d")
-
-
-def _clock_shows(form: str) -> str:
-    template = "{{ strftime_now('" + form + "') }}"
-    rendered, _ = chat_template_utils.render_jinja_template(
-        conversations=[[{"role": "user", "content": ""}]], chat_template=template
-    )
-    return rendered[0]
-
-
-class Clock:
-    """A clock that stands at the start of a day, in place of the one that templates are given."""
-
-    def __init__(self, date: str) -> None:
-        """Stand at `date`, YYYY-MM-DD."""
-        self.date, self.moment, self.asked = date, datetime.fromisoformat(date), False
-        with self.ticking():
-            shown = _clock_shows("%Y-%m-%d %H:%M:%S")
-        if shown != f"{date} 00:00:00" or not self.asked:
-            raise RuntimeError("this release of transformers gives chat templates another clock")
-        self.asked = False
-
-    def now(self, tz: object = None) -> datetime:
-        """The moment, as `datetime.now` gives it."""
-        self.asked = True
-        return self.moment
-
-    @contextlib.contextmanager
-    def ticking(self) -> Iterator[None]:
-        """Inside, templates are told this clock's moment."""
-        own = chat_template_utils.datetime
-        chat_template_utils.datetime = self
-        try:
-            yield
-        finally:
-            chat_template_utils.datetime = own
 
 
 class Chat:

@@ -21,6 +21,7 @@ import os.path
 from collections import Counter
 from dataclasses import dataclass, field
 
+from trainer.columns import Columns, pick
 from trainer.config import InputError
 
 RESPONSES = ("chosen", "rejected")
@@ -31,9 +32,6 @@ SPEAKERS = {  # ShareGPT's names of roles
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
 }  # fmt: skip
-# Columns that hold a prompt in other people's files, for the remedy of an error.
-PROMPTS = ("instruction", "question", "query", "input", "conversations", "messages", "prompts",
-           "user", "context", "problem", "text")  # fmt: skip
 SHOWN = 5  # bad rows spelled out in an error; the rest are counted
 
 Message = dict[str, object]
@@ -50,36 +48,6 @@ class BadRow(Exception):
 
 class NoCommonPrompt(Exception):
     """Responses that begin with nothing in common."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns stand for prompt, chosen and rejected; `a.b` and `a.0` reach into column a."""
-
-    prompt: tuple[str, ...] = ("prompt",)
-    """Joined line by line, empty ones left out; strings before a message list are its system
-    message."""
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    implicit: bool = False
-    """Whether two strings without a prompt are cut after the words that both begin with."""
-
-    def read(self, name: str) -> bool:
-        """Whether anything in the column `name` is used."""
-        used = (*self.prompt, self.chosen, self.rejected, "tools")
-        return any(name in (path, path.split(".")[0]) for path in used)
-
-    def remedy(self, record: dict) -> str:
-        """The mapping that a record without a prompt may need."""
-        names = [str(name) for name in record]
-        lower = {name.lower(): name for name in names}
-        used = {path.split(".")[0] for path in (self.chosen, self.rejected)}
-        free = [name for name in names if name not in used and name != "tools"]
-        known = [lower[name] for name in ("prompt", *PROMPTS) if name in lower]
-        guess = [name for name in known if name in free][:1] or ["NAME"]
-        if guess[0].lower() == "instruction" and "input" in lower:
-            guess.append(lower["input"])
-        return f"--prompt_column {' '.join(guess)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +130,7 @@ def check_record(record: bytes | dict, source: str, columns: Columns | None = No
             raise BadRow("not valid JSON", str(error)) from None
     if not isinstance(record, dict):
         raise BadRow("not a JSON object", f"got {type(record).__name__}")
-    given = {name: _pick(record, getattr(columns, name)) for name in RESPONSES}
+    given = {name: pick(record, getattr(columns, name)) for name in RESPONSES}
     missing = [name for name in RESPONSES if given[name] is None]
     if missing:
         names = ", ".join(getattr(columns, name) for name in missing)
@@ -203,24 +171,9 @@ def _has(record: dict) -> str:
     return f"the row has {', '.join(map(str, record)) or 'no field'}"
 
 
-def _pick(record: dict, path: str) -> object:
-    """The value of a column, or in it; None where there is none."""
-    if path in record:
-        return record[path]
-    value: object = record
-    for key in path.split("."):
-        if isinstance(value, dict):
-            value = value.get(key)
-        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
-            value = value[int(key)]
-        else:
-            return None
-    return value
-
-
 def _read_prompt(record: dict, columns: Columns) -> Text | None:
     """The prompt of one column or of several; None where the default one is missing."""
-    given = {name: _pick(record, name) for name in columns.prompt}
+    given = {name: pick(record, name) for name in columns.prompt}
     texts = [_check_text(name, value) for name, value in given.items() if value is not None]
     if len(columns.prompt) > 1:
         texts = [text for text in texts if text]

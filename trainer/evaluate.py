@@ -19,7 +19,7 @@ from trainer.config import InputError
 
 def run_score(args: argparse.Namespace) -> None:
     """`score`."""
-    from trainer.data import Columns
+    from trainer.columns import Columns
     from trainer.evaluation.score import score, to_text
 
     options = _with_chat(vars(args)) | {"models": _assignments("models", args.models)}

@@ -29,7 +29,7 @@ def check_fit(model: PreTrainedModel, pairs: Iterable[Pair]) -> None:
     if _largest_id(token) >= rows:
         raise InputError(
             f"model_name_or_path: expected an embedding for every token, but the tokenizer gives "
-            f"the id {_largest_id(token)}{token.place} and {name} has {rows} embeddings; use the "
+            f"the id {_largest_id(token)} and {name} has {rows} embeddings{token.place}; use the "
             "model's own tokenizer"
         )
     shortest, longest = min(pairs, key=_shortest), max(pairs, key=lambda pair: pair.longest)

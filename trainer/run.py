@@ -37,7 +37,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer import card, checkpoint, distributed, preview, report, zero3
 from trainer.adapters import add_adapters
-from trainer.chat import ChatOptions, today
+from trainer.chat import ChatOptions
+from trainer.clock import today
 from trainer.config import InputError, RunConfig
 from trainer.encoding import encode_rows, use_chat_template
 from trainer.fit import check_answers, check_fit

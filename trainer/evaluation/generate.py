@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.chat import Chat, ChatOptions, today
+from trainer.chat import Chat, ChatOptions
+from trainer.clock import today
 from trainer.config import InputError, open_folder
 from trainer.data import BadRow
 from trainer.encoding import added_end

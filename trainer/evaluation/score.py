@@ -22,9 +22,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_kernels import linear_logprobs
-from trainer.chat import ChatOptions, today
+from trainer.chat import ChatOptions
+from trainer.clock import today
+from trainer.columns import Columns
 from trainer.config import InputError, open_folder
-from trainer.data import BadRow, BadRows, Columns
+from trainer.data import BadRow, BadRows
 from trainer.encoding import Encoder
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.records import replace_text, write_json
