@@ -34,7 +34,8 @@ from rpo_kernels.engines.panel import capacity
 
 IGNORE = -100
 QUADRATIC = {"ipo", "sppo_hard"}  # losses that are no function of an exponential
-ROUNDINGS = 8  # operations one after another in a loss of a pair, or in its oracle
+ROUNDINGS = 4  # eps of seven operations one after another: a difference, beta, a sigmoid (two),
+# a factor, a sum and a quotient, each off by half an eps
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -357,14 +358,16 @@ def loss_bounds(problem: Problem, loss: Callable[[Tensor], Tensor], **heads) -> 
     return bounds | {"out": torch.tensor(value_budget(loss, off, exact))}
 
 
-def loss_limits(name: str, c, r, beta, epsilon, gamma, truth, dtype: torch.dtype) -> list:
+def loss_limits(
+    name: str, c, r, beta, epsilon, gamma, truth, dtype: torch.dtype, roundings: int = ROUNDINGS
+) -> list:
     """How far rounding may put a pair's loss and its two slopes, `truth`, off.
 
     Every intermediate is rounded; the largest sets by how much. An exponential turns that absolute
     error of its argument into a relative one of its value. Numbers or tensors, c and r as large as
     whatever they are differences of.
     """
-    unit = ROUNDINGS * torch.finfo(dtype).eps
+    unit = roundings * torch.finfo(dtype).eps
     size = (1 + beta * (abs(c) + abs(r)) + gamma) / (1 - 2 * epsilon)
     scales = (size, size * beta, size * beta)
     if name in QUADRATIC:
