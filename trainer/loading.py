@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
 )
+from transformers.utils import cached_file
 
 from trainer import quantized, weights
 from trainer.adapters import refuse_adapter, refuse_adapter_folder
@@ -188,8 +189,6 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
     """
     model = _load_weights(source, config)
     weights.refuse_bad_numbers(model, source)
-    if config.gguf_file is not None:
-        model = _unquantized(model)
     _keep_softcap(model)
     _switch_noise_off(model)  # policy and reference must agree at step 0
     if config.use_liger_kernel:
@@ -236,9 +235,11 @@ def _load_weights(source: str, config: RunConfig, **options: object) -> PreTrain
             **options,
         )
         weights.refuse_differences(model, info, source)
+        if config.gguf_file is not None:
+            weights.refuse_dropped(model, Path(cached_file(source, config.gguf_file)))
         if getattr(model, "_hf_peft_config_loaded", False):
             refuse_adapter(source)
-        return quantized.dequantize(model, settings, config)
+        return _plain(model, config) if quantized.is_dequantized(settings, config) else model
 
 
 def _keep_softcap(model: PreTrainedModel) -> None:
@@ -270,15 +271,19 @@ def _use_liger(model: PreTrainedModel) -> None:
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
-def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that can be saved: one from GGUF calls itself quantized."""
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+def _plain(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
+    """The same weights in a model that can be saved: one that was quantized would be so again."""
+    if config.gguf_file is None:
+        model = quantized.dequantize(model)
+    settings = model.config
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     with init_empty_weights(include_buffers=False):
-        clean = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        clean = AutoModelForCausalLM.from_config(settings, dtype=model.dtype)
     clean.load_state_dict(model.state_dict(), assign=True)
-    clean.tie_weights()
+    if tied:
+        clean.tie_weights()
     clean.generation_config = model.generation_config
     return clean
 
