@@ -158,8 +158,10 @@ def read_config(source: str, gguf_file: str | None = None) -> PretrainedConfig:
     with told(f"cannot read the model's config in {source}"):
         settings = AutoConfig.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
     known = type(settings) in MODEL_FOR_CAUSAL_LM_MAPPING
-    encoder = type(settings) in MODEL_FOR_MASKED_LM_MAPPING and not settings.is_decoder
-    if not known or encoder or settings.is_encoder_decoder:
+    decoder, both = (
+        getattr(settings, f"is_{kind}", False) for kind in ("decoder", "encoder_decoder")
+    )
+    if not known or both or (type(settings) in MODEL_FOR_MASKED_LM_MAPPING and not decoder):
         kind = ", ".join(settings.architectures or [type(settings).__name__])
         raise InputError(
             f"model_name_or_path: expected a causal language model (a decoder), got {source}, "
@@ -234,11 +236,11 @@ def _load_weights(source: str, config: RunConfig, **options: object) -> PreTrain
             ignore_mismatched_sizes=True,  # they are refused by name
             **options,
         )
+        if getattr(model, "_hf_peft_config_loaded", False):  # a hub id; a folder was refused
+            refuse_adapter(source)
         weights.refuse_differences(model, info, source)
         if config.gguf_file is not None:
             weights.refuse_dropped(model, Path(cached_file(source, config.gguf_file)))
-        if getattr(model, "_hf_peft_config_loaded", False):
-            refuse_adapter(source)
         return _plain(model, config) if quantized.is_dequantized(settings, config) else model
 
 
