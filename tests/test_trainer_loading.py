@@ -6,7 +6,15 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trainer_tiny import record, save_tiny, tiny_config, tiny_llama, tiny_tokenizer, write_jsonl
+from trainer_tiny import (
+    record,
+    save_gguf,
+    save_tiny,
+    tiny_config,
+    tiny_llama,
+    tiny_tokenizer,
+    write_jsonl,
+)
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from trainer import loading
@@ -273,6 +281,48 @@ def test_a_dry_run_and_every_other_way_in_refuse_it(folder, tmp_path):
     with pytest.raises(SystemExit, match=rf"error: models: {folder}: .*1 missing \({UP}\)"):
         main(["score", "--data", rows, "--models", f"m={folder}", "--reference", sound,
               "--output_dir", str(tmp_path / "scores")])  # fmt: skip
+
+
+GGUF = {
+    "no matrix": (
+        lambda tensors: {k: v for k, v in tensors.items() if k != "blk.1.ffn_up.weight"},
+        rf"1 missing \({UP}\)",
+    ),
+    "bias": (
+        lambda tensors: tensors | {"blk.0.attn_q.bias": torch.zeros(32)},
+        r"holds 32 numbers that transformers does not read \(.*blk.0.attn_q.bias",
+    ),
+    "scaled rotary positions": (
+        lambda tensors: tensors | {"rope_freqs.weight": torch.ones(4)},
+        r"holds 4 numbers that transformers does not read \(rope_freqs.weight\); give the model",
+    ),
+    "shape": (
+        lambda tensors: tensors | {"blk.1.ffn_up.weight": torch.ones(96, 32)},
+        rf"(1 of another shape \({UP} \(96, 32\) for \(64, 32\)\)|size mismatch for {UP})",
+    ),
+    "NaN": (
+        lambda tensors: tensors | {"blk.1.ffn_up.weight": torch.full((64, 32), float("nan"))},
+        f"NaN or infinite numbers in {UP}",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_what_a_gguf_file_does_not_hold_is_not_trained(name, tmp_path):
+    change, message = GGUF[name]
+    save_gguf(tmp_path / "a.gguf", change)
+    with pytest.raises(InputError, match=f"(?s)^model_name_or_path: .*{message}"):
+        load(tmp_path, gguf_file="a.gguf")
+
+
+@pytest.mark.parametrize("damage", [lambda whole: b"no such format", lambda whole: whole[:9000]])
+def test_a_gguf_file_that_cannot_be_read(damage, tmp_path):
+    file = tmp_path / "a.gguf"
+    save_gguf(file)
+    assert same(load(tmp_path, gguf_file="a.gguf"), tiny_llama())
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(InputError, match="^model_name_or_path: cannot "):
+        load(tmp_path, gguf_file="a.gguf")
 
 
 def test_no_prompt_waits_for_an_answer(folder, monkeypatch):

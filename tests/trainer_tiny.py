@@ -158,6 +158,60 @@ def save_tiny(folder):
     return str(folder)
 
 
+def rotated(weight, heads):
+    """Rows of a query or key matrix in the order of GGUF files, which rotate neighbours."""
+    rows = weight.shape[0] // heads // 2
+    return weight.view(heads, 2, rows, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def save_gguf(file, change=dict):
+    """The tiny Llama and its tokenizer in one float32 GGUF file; `change` its tensors by name."""
+    from gguf import GGUFWriter, TokenType
+
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    out = GGUFWriter(file, "llama")
+    out.add_vocab_size(SIZES["vocab_size"])
+    out.add_context_length(512)
+    out.add_embedding_length(32)
+    out.add_block_count(2)
+    out.add_feed_forward_length(64)
+    out.add_head_count(4)
+    out.add_head_count_kv(2)
+    out.add_layer_norm_rms_eps(model.config.rms_norm_eps)
+    out.add_rope_freq_base(10000.0)
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens[-2:] = "ab", "cd"  # bytes that no text here has; transformers 5.17 needs two merges
+    out.add_tokenizer_model("gpt2")
+    out.add_token_list(tokens)
+    kinds = [TokenType.CONTROL if t in SPECIALS else TokenType.NORMAL for t in tokens]
+    out.add_token_types(kinds)
+    out.add_token_merges(["a b", "c d"])
+    out.add_bos_token_id(1)
+    out.add_eos_token_id(2)
+    out.add_pad_token_id(0)
+    out.add_chat_template(tokenizer.chat_template)
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "mlp.up_proj": "ffn_up"}
+    names |= {"self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output"}
+    names |= {"mlp.gate_proj": "ffn_gate", "mlp.down_proj": "ffn_down", "model.layers": "blk"}
+    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        if "q_proj" in name or "k_proj" in name:
+            weight = rotated(weight, 4 if "q_proj" in name else 2)
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = weight.contiguous()
+    for name, weight in change(tensors).items():
+        out.add_tensor(name, weight.numpy())
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
 def as_split(pairs, ref_logps=None):
     return Split(pairs, {}, None if ref_logps is None else lookup(ref_logps))
 

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
 )
+from transformers.utils import cached_file
 
 from trainer import quantized, weights
 from trainer.adapters import refuse_adapter, refuse_adapter_folder
@@ -157,8 +158,10 @@ def read_config(source: str, gguf_file: str | None = None) -> PretrainedConfig:
     with told(f"cannot read the model's config in {source}"):
         settings = AutoConfig.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
     known = type(settings) in MODEL_FOR_CAUSAL_LM_MAPPING
-    encoder = type(settings) in MODEL_FOR_MASKED_LM_MAPPING and not settings.is_decoder
-    if not known or encoder or settings.is_encoder_decoder:
+    decoder, both = (
+        getattr(settings, f"is_{kind}", False) for kind in ("decoder", "encoder_decoder")
+    )
+    if not known or both or (type(settings) in MODEL_FOR_MASKED_LM_MAPPING and not decoder):
         kind = ", ".join(settings.architectures or [type(settings).__name__])
         raise InputError(
             f"model_name_or_path: expected a causal language model (a decoder), got {source}, "
@@ -188,8 +191,6 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
     """
     model = _load_weights(source, config)
     weights.refuse_bad_numbers(model, source)
-    if config.gguf_file is not None:
-        model = _unquantized(model)
     _keep_softcap(model)
     _switch_noise_off(model)  # policy and reference must agree at step 0
     if config.use_liger_kernel:
@@ -235,10 +236,12 @@ def _load_weights(source: str, config: RunConfig, **options: object) -> PreTrain
             ignore_mismatched_sizes=True,  # they are refused by name
             **options,
         )
-        weights.refuse_differences(model, info, source)
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if getattr(model, "_hf_peft_config_loaded", False):  # a hub id; a folder was refused
             refuse_adapter(source)
-        return quantized.dequantize(model, settings, config)
+        weights.refuse_differences(model, info, source)
+        if config.gguf_file is not None:
+            weights.refuse_dropped(model, Path(cached_file(source, config.gguf_file)))
+        return _plain(model, config) if quantized.is_dequantized(settings, config) else model
 
 
 def _keep_softcap(model: PreTrainedModel) -> None:
@@ -270,15 +273,19 @@ def _use_liger(model: PreTrainedModel) -> None:
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
-def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that can be saved: one from GGUF calls itself quantized."""
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+def _plain(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
+    """The same weights in a model that can be saved: one that was quantized would be so again."""
+    if config.gguf_file is None:
+        model = quantized.dequantize(model)
+    settings = model.config
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     with init_empty_weights(include_buffers=False):
-        clean = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        clean = AutoModelForCausalLM.from_config(settings, dtype=model.dtype)
     clean.load_state_dict(model.state_dict(), assign=True)
-    clean.tie_weights()
+    if tied:
+        clean.tie_weights()
     clean.generation_config = model.generation_config
     return clean
 

@@ -70,12 +70,15 @@ def read_as(settings: PretrainedConfig, config: RunConfig) -> dict[str, object]:
     return _set(settings, stored, dequantize=True)
 
 
-def dequantize(model: PreTrainedModel, settings: PretrainedConfig, config: RunConfig):
-    """The loaded model in plain weights, unless it is to stay in 4 bits."""
-    stored = stored_quantization(settings)
-    if stored and method_of(stored) == "bitsandbytes" and not config.load_in_4bit:
-        return model.dequantize()
-    return model
+def is_dequantized(settings: PretrainedConfig, config: RunConfig) -> bool:
+    """Whether a model becomes plain weights that was none in its file."""
+    stored = config.gguf_file is not None or stored_quantization(settings)
+    return bool(stored) and not config.load_in_4bit
+
+
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """A loaded model in plain weights, where it is not yet: bitsandbytes' come after loading."""
+    return model.dequantize() if getattr(model, "is_quantized", False) else model
 
 
 def _check_method(method: str, stored: dict) -> None:

@@ -116,6 +116,29 @@ def refuse_unscaled(source: str, block: tuple[int, int] | None) -> None:
                 )
 
 
+def refuse_dropped(model: PreTrainedModel, file: Path) -> None:
+    """Refuse a GGUF file of which transformers has left out something, as it does without a word.
+
+    Numbers are counted, as names are other ones there: weights are cut and joined, none is lost.
+
+    Raises:
+        InputError: the file holds more numbers than the model.
+    """
+    from gguf import GGUFReader
+
+    counts = {tensor.name: int(tensor.n_elements) for tensor in GGUFReader(file).tensors}
+    sizes = {weight.data_ptr(): weight.numel() for weight in model.state_dict().values()}
+    left = sum(counts.values()) - sum(sizes.values())  # a tied head counts once
+    if left > 0:
+        biased = any(name.endswith(".bias") for name in model.state_dict())
+        named = [n for n in counts if "rope" in n or (n.endswith(".bias") and not biased)]
+        raise InputError(
+            f"model_name_or_path: {file} holds {left} numbers that transformers does not read"
+            + (f" ({_some(named)})" if named else "")
+            + "; give the model's safetensors"
+        )
+
+
 def read_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
     """Type and shape of every tensor in a folder's safetensors that can be read, by name."""
     stored = {}
