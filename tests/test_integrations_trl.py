@@ -15,6 +15,9 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
 from support import one_thread
+from test_integrations_transformers import batch as padded
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_tiny import (
     gradient,
     record,
@@ -43,6 +46,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
 from trl.trainer import dpo_trainer, utils  # noqa: E402
 
 from rpo_kernels.integrations import statistics, trl_metrics  # noqa: E402
+from rpo_kernels.integrations.transformers import fuse_lm_head, model_rpo_loss  # noqa: E402
 from rpo_kernels.integrations.trl import (  # noqa: E402
     RPOConfig,
     RPOTrainer,
@@ -61,6 +65,7 @@ COMMON = {
 }  # fmt: skip
 TRL_SFT = {"loss_type": ["sigmoid", "sft"]}  # TRL's mean over the chosen tokens of a micro-batch
 OUR_SFT = {"eta": 1.0, "sft_reduction": "token_mean"}
+VOCAB = tiny_llama().config.vocab_size
 UNTIMED = ("loss", "grad_norm", "rewards", "logps", "logits", "entropy", "mean_token", "num_tokens")
 
 
@@ -277,6 +282,34 @@ def test_a_trained_model_is_saved_with_its_card_and_loads(tmp_path):
     assert "2405.16436" in card and "RPO" in card
 
 
+class LogitRows(TorchDispatchMode):
+    """The most rows of a tensor over the vocabulary that any operator returns."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] == VOCAB:
+                self.rows = max(self.rows, x.numel() // VOCAB)
+        return out
+
+
+@pytest.mark.parametrize("kind", [DPOTrainer, RPOTrainer])
+def test_a_step_makes_no_logits(kind, tmp_path, monkeypatch):
+    """TRL's makes them in one tile, since they are few here."""
+    monkeypatch.setattr(statistics, "CPU_TILE", 4096)
+    fields = OUR_SFT if kind is RPOTrainer else TRL_SFT
+    trainer = made(kind, tmp_path, max_steps=1, per_device_train_batch_size=8, **fields)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    labelled = int(batch["completion_mask"].sum())
+    width = trainer.model.config.hidden_size  # the weight's transpose is over the vocabulary too
+    assert width < labelled
+    with LogitRows() as seen:
+        history(trainer)
+    assert seen.rows <= width if kind is RPOTrainer else seen.rows >= labelled
+
+
 REFUSED = [
     ({"loss_type": ["sigmoid", "sft"]}, "loss_type: expected one of .* not 'sft'"),
     ({"loss_type": "simpo"}, "loss_type: expected one of"),
@@ -351,6 +384,22 @@ def test_trl_logs_the_same_on_our_head(name, architecture, tmp_path):
     assert_same_history(found, wanted, besides=())
     assert "entropy" in found[0] and "mean_token_accuracy" in found[0]
     assert relative(ours, own) < 1e-6
+
+
+def test_ignored_positions_cost_nothing_on_a_cpu_either(tmp_path):
+    trainer = made(DPOTrainer, tmp_path, max_steps=1)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    labelled, scored = int(batch["completion_mask"].sum()), []
+    patch_trl()
+    own = LinearLogProbs.apply
+
+    def apply(hidden, *args):
+        scored.append(len(hidden))
+        return own(hidden, *args)
+
+    with mock.patch.object(LinearLogProbs, "apply", apply):
+        history(trainer)
+    assert scored == [labelled, labelled] and labelled < batch["input_ids"].numel() / 2
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -450,6 +499,23 @@ def on_ranks(folder, size, passes):
     return history(trainer), weights(trainer).tolist(), trainer.accelerator.num_processes
 
 
+def sharding_errors():
+    """Relative error of a sharded model's gradient, for either strategy."""
+    errors = []
+    for strategy in ("stream", "recompute"):
+        grads = []
+        for sharded in (False, True):
+            model = fuse_lm_head(tiny_llama())
+            for part in [*model.model.layers, model] if sharded else ():
+                fully_shard(part)
+            out = model_rpo_loss(model, *padded(), torch.linspace(-60, -20, 4), strategy=strategy)
+            out.loss.backward()
+            whole = [p.grad.full_tensor() if sharded else p.grad for p in model.parameters()]
+            grads.append(torch.cat([g.flatten() for g in whole]))
+        errors.append(relative(grads[1], grads[0]))
+    return errors
+
+
 def test_two_processes_train_as_one(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", __file__]
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
@@ -457,16 +523,17 @@ def test_two_processes_train_as_one(tmp_path):
         [*command, str(tmp_path)], env=os.environ | paths, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found, found_weights, ranks = json.loads((tmp_path / "results.json").read_text())
+    (found, found_weights, ranks), errors = json.loads((tmp_path / "results.json").read_text())
     wanted, own_weights, _ = on_ranks(tmp_path, 4, 2)
     assert ranks == 2
     assert found == [pytest.approx(row, rel=1e-5, abs=1e-5) for row in wanted]
     assert relative(torch.tensor(found_weights), torch.tensor(own_weights)) < 1e-6
+    assert len(errors) == 2 and max(errors) < 1e-6
 
 
 if __name__ == "__main__":  # what the two processes run
     with one_thread():
-        results = on_ranks(sys.argv[1], 2, 2)
+        results = on_ranks(sys.argv[1], 2, 2), sharding_errors()
     if os.environ["RANK"] == "0":
         Path(sys.argv[1], "results.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
