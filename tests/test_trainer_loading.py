@@ -266,6 +266,16 @@ def test_a_tied_head_may_stand_under_either_name(change, folder):
     assert torch.equal(model.get_input_embeddings().weight, wanted)
 
 
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(folder, tmp_path):
+    configure(tie_word_embeddings=True)(folder)
+    model = load(folder)
+    assert same(model, tiny_llama(tied=False)) and not model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["tie_word_embeddings"] is False
+    assert same(load(tmp_path / "saved"), model)
+
+
 def test_a_dry_run_and_every_other_way_in_refuse_it(folder, tmp_path):
     sound = save_tiny(tmp_path / "sound")
     lose(UP)(folder)

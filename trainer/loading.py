@@ -241,7 +241,16 @@ def _load_weights(source: str, config: RunConfig, **options: object) -> PreTrain
         weights.refuse_differences(model, info, source)
         if config.gguf_file is not None:
             weights.refuse_dropped(model, Path(cached_file(source, config.gguf_file)))
+        _untie(model)
         return _plain(model, config) if quantized.is_dequantized(settings, config) else model
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Say so in the config where the file has a head of its own; transformers only warns of it."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        for settings in (model.config, model.config.get_text_config()):
+            settings.tie_word_embeddings = False
 
 
 def _keep_softcap(model: PreTrainedModel) -> None:
@@ -280,12 +289,10 @@ def _plain(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
     settings = model.config
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     with init_empty_weights(include_buffers=False):
         clean = AutoModelForCausalLM.from_config(settings, dtype=model.dtype)
     clean.load_state_dict(model.state_dict(), assign=True)
-    if tied:
-        clean.tie_weights()
+    clean.tie_weights()
     clean.generation_config = model.generation_config
     return clean
 
