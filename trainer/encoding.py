@@ -290,8 +290,8 @@ def string_warnings(rows: list[Row], tokenizer: PreTrainedTokenizerBase, of: str
     strings, warnings = [row for row in rows if isinstance(row.prompt, str)], []
     if strings and tokenizer.chat_template is not None:
         warnings.append(
-            f"warning: {len(strings)} rows of the {of} are strings, which are trained on without the "
-            "model's chat template; for a chat model write them as messages, "
+            f"warning: {len(strings)} rows of the {of} are strings, which are trained on without "
+            "the model's chat template; for a chat model write them as messages, "
             '[{"role": "user", "content": ...}] and [{"role": "assistant", "content": ...}]'
         )
     joined = [(row, text) for row in strings for text in (row.chosen, row.rejected)
@@ -299,9 +299,9 @@ def string_warnings(rows: list[Row], tokenizer: PreTrainedTokenizerBase, of: str
     if joined:
         row, text = joined[0]
         warnings.append(
-            f"warning: {len(joined)} responses of the {of} follow their prompt without white space, "
-            f"as in {row.prompt[-20:] + text[:20]!r} ({row.source}); begin them with the space or line "
-            "break between the two"
+            f"warning: {len(joined)} responses of the {of} follow their prompt without white "
+            f"space, as in {row.prompt[-20:] + text[:20]!r} ({row.source}); begin them with the "
+            "space or line break between the two"
         )
     return warnings
 
