@@ -239,13 +239,18 @@ def test_strings_are_warned_about_once_with_the_remedy(capsys):
     rows = [check_record(row, f"f:{i}") for i in (1, 2)]
     encode_rows(rows, tokenizer_of("plain"), Limits(64), BadRows("error"))
     told = capsys.readouterr().out
-    assert told.count("warning: 2 rows are strings") == 1 and '"role": "user"' in told
-    assert told.count("warning: 2 responses follow their prompt without white space") == 1
+    assert (
+        told.count("warning: 2 rows of the given data are strings") == 1
+        and '"role": "user"' in told
+    )
+    assert (
+        told.count("warning: 2 responses of the given data follow their prompt without white") == 1
+    )
     assert "'Q: 2+2?A: 4' (f:1)" in told
     spaced = check_record(row | {"chosen": " A: 4"}, "f:1")
     sums = check_record({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, "f:2")
     chinese = check_record({"prompt": "你好。", "chosen": "你", "rejected": "我"}, "f:3")
-    assert not string_warnings([spaced, sums, chinese], tiny_tokenizer(None))
+    assert not string_warnings([spaced, sums, chinese], tiny_tokenizer(None), "data")
 
 
 def set_clock(monkeypatch, day):

@@ -150,7 +150,7 @@ def test_alpaca_pairs_are_strings_to_the_encoder(capsys):
     tokenizer = tiny_tokenizer()
     (pair,) = encode_rows([row], tokenizer, Limits(64), BadRows("error")).pairs
     assert tokenizer.decode(pair.chosen.ids) == "Add.\n2+2 4<|im_end|>"
-    assert "warning: 1 rows are strings" in capsys.readouterr().out
+    assert "warning: 1 rows of the given data are strings" in capsys.readouterr().out
 
 
 ROWS = [record(i) for i in range(4)]

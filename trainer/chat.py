@@ -1,7 +1,7 @@
 """Chat messages as text: what a model reads before it answers, and what it says then.
 
     inference   prompt(messages)   and tokens that the model draws, up to its end of turn
-    training    prompt(messages) + said(messages, answer), the same for an answer that is given
+    training    prompt(messages)   and said(...), the same for an answer that is given
 
 A chat template writes a conversation. What an assistant's message becomes is read off where that
 message is the last one: the text after the prompt, up to and including the end of turn, without the
@@ -85,13 +85,18 @@ class Chat:
         """The messages alone, and the prompt for an answer to them."""
         return self._render(messages, None, opened=False), self.prompt(messages)
 
-    def said(self, before: list[Message], message: Message, tools: list[dict] | None = None) -> str:
-        """What the model says after `prompt(before)` where `message` is its answer.
+    def said(
+        self,
+        prompt: str,
+        before: list[Message],
+        message: Message,
+        tools: list[dict] | None = None,
+    ) -> str:
+        """What the model says after `prompt`, that of `before`, where `message` is its answer.
 
         Raises:
             BadRow: the template shows the message otherwise than the model could say it.
         """
-        prompt = self.prompt(before, tools)
         lead, thought, answer = _thought(message["content"])
         opened, closed = OPEN_END.search(prompt), CLOSED_END.search(prompt)
         reasoning = str(message.get(REASONING[0], "")).strip()

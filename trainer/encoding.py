@@ -71,7 +71,7 @@ def encode_rows(
             else:
                 pairs.append(result)
     bad.settle(len(pairs), encoder.dropped)
-    for warning in (*string_warnings(rows, tokenizer), *encoder.notes()):
+    for warning in (*string_warnings(rows, tokenizer, bad.of), *encoder.notes()):
         say(warning)
     sources = Counter(row.source.rpartition(":")[0] for row in rows)
     report = {
@@ -152,13 +152,14 @@ class Encoder:
         responses = (row.chosen, row.rejected)
         if isinstance(row.prompt, str):
             return [[(row.prompt, text)] for text in responses]
-        rendered = []
+        first, rendered = self.chat.prompt(row.prompt, row.tools), []
         for response in responses:
             turns = []
             for i, message in enumerate(response):
                 if message["role"] == "assistant":
                     before = row.prompt + response[:i]
-                    said = self.chat.said(before, message, row.tools)
+                    prompt = self.chat.prompt(before, row.tools) if i else first
+                    said = self.chat.said(prompt, before, message, row.tools)
                     if not self.chat.shows(said):
                         raise BadRow(
                             "nothing to train on",
@@ -166,7 +167,7 @@ class Encoder:
                             "assistant's message; give it content, or a chat_template_path that "
                             "shows its tool_calls",
                         )
-                    turns.append((self.chat.prompt(before, row.tools), said))
+                    turns.append((prompt, said))
             rendered.append(turns)
         return rendered
 
@@ -284,13 +285,13 @@ class Encoder:
         return size if size and prompt[-size:].tolist() == self.opening else 0
 
 
-def string_warnings(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What looks like a mistake in rows of strings, each once, with the remedy."""
+def string_warnings(rows: list[Row], tokenizer: PreTrainedTokenizerBase, of: str) -> list[str]:
+    """What looks like a mistake in rows of strings of the data `of`, each once, with the remedy."""
     strings, warnings = [row for row in rows if isinstance(row.prompt, str)], []
     if strings and tokenizer.chat_template is not None:
         warnings.append(
-            f"warning: {len(strings)} rows are strings, which are trained on without the model's "
-            "chat template; for a chat model write them as messages, "
+            f"warning: {len(strings)} rows of the {of} are strings, which are trained on without "
+            "the model's chat template; for a chat model write them as messages, "
             '[{"role": "user", "content": ...}] and [{"role": "assistant", "content": ...}]'
         )
     joined = [(row, text) for row in strings for text in (row.chosen, row.rejected)
@@ -298,9 +299,9 @@ def string_warnings(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list
     if joined:
         row, text = joined[0]
         warnings.append(
-            f"warning: {len(joined)} responses follow their prompt without white space, as in "
-            f"{row.prompt[-20:] + text[:20]!r} ({row.source}); begin them with the space or line "
-            "break between the two"
+            f"warning: {len(joined)} responses of the {of} follow their prompt without white "
+            f"space, as in {row.prompt[-20:] + text[:20]!r} ({row.source}); begin them with the "
+            "space or line break between the two"
         )
     return warnings
 
