@@ -37,8 +37,8 @@ SCALES = {"cohere": 0.25, "cohere2": 0.25, "granite": 0.25, "granitemoe": 0.25}
 CAPS = {"gemma2": 5.0, "gemma3_text": 5.0}
 KINDS = (
     "bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2",
-    "gpt_neox", "granite", "granitemoe", "llama", "mistral", "mixtral", "olmo", "olmo2", "olmo3",
-    "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    "gpt_neox", "granite", "granitemoe", "llama", "mamba", "mistral", "mixtral", "olmo", "olmo2",
+    "olmo3", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 OPTIONS = {"beta": 0.3, "eta": 0.5, "sft_reduction": "token_mean"}

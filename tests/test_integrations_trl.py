@@ -256,10 +256,9 @@ def test_reference_log_probs_of_another_truncation_are_computed_anew(tmp_path):
     """TRL keys its cache by data and model, and truncates later."""
     train = rows()
     columns = []
+    fields = {"train": train, "precompute_ref_log_probs": True, "truncation_mode": "keep_end"}
     for length in (64, 34):
-        trainer = made(
-            RPOTrainer, tmp_path, train=train, max_length=length, precompute_ref_log_probs=True
-        )
+        trainer = made(RPOTrainer, tmp_path, max_length=length, **fields)
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
         fresh = trainer.compute_ref_log_probs(trainer.ref_model, batch)
         assert torch.stack(fresh) == pytest.approx(

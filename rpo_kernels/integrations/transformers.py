@@ -74,9 +74,9 @@ def fuse_lm_head(model: PreTrainedModel) -> PreTrainedModel:
 
     Afterwards ``model(input_ids, labels=labels)`` returns the SFT loss with ``logits=None``: the
     mean over the labels that are not -100, or their sum over `num_items_in_batch`, as
-    `transformers.Trainer` passes it. So the fused SFT loss in a `Trainer` is this one line. Without
-    labels the forward, and with it generation, is the model's own. `model_rpo_loss` and
-    `model_logps` need it too.
+    `transformers.Trainer` passes it. So the fused SFT loss in a `Trainer` is this one line; only
+    its `compute_metrics` has no logits. Without labels the forward, and with it generation, is the
+    model's own. `model_rpo_loss` and `model_logps` need it too.
 
     Args:
         model: a causal language model, not yet wrapped (under peft: its base model).
@@ -132,9 +132,8 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
 
 def _run(model: PreTrainedModel, at_head: HeadFunction, args: tuple, kwargs: dict) -> tuple:
     """``at_head`` of the last hidden states, and the backbone's output."""
-    kwargs.pop("logits_to_keep", None)
-    for name in ("return_dict", "use_cache"):
-        kwargs.pop(name, None)
+    ours = ("logits_to_keep", "return_dict", "use_cache")
+    kwargs = {name: value for name, value in kwargs.items() if name not in ours}
     router = getattr(model.config.get_text_config(), "output_router_logits", False)
     if kwargs.get("output_router_logits", router):
         raise ValueError(
@@ -156,15 +155,15 @@ def shifted(labels: Tensor) -> Tensor:
 def _sft_output(model: PreTrainedModel, labels: Tensor, args: tuple, kwargs: dict) -> Any:
     """The SFT loss as the model's own forward returns it."""
     targets, count = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
-    targets, as_dict = shifted(labels) if targets is None else targets, kwargs.get("return_dict")
+    if targets is None:
+        targets = shifted(labels)
     run = functools.partial(linear_logprobs, targets=targets)
     logps, output = _run(model, run, args, kwargs)
     count = (targets != IGNORE).sum().clamp(min=1) if count is None else count
     loss = -logps.sum() / count
-    found = CausalLMOutput(
-        loss=loss, hidden_states=output.hidden_states, attentions=output.attentions
-    )
-    return found.to_tuple() if as_dict is False else found
+    rest = {name: output.get(name) for name in ("hidden_states", "attentions")}
+    found = CausalLMOutput(loss=loss, **rest)
+    return found.to_tuple() if kwargs.get("return_dict") is False else found
 
 
 def last_positions(function: HeadFunction, length: int) -> HeadFunction:
