@@ -124,7 +124,7 @@ def _fused_forward(kind: type[PreTrainedModel]) -> Callable[..., object]:
     return forward
 
 
-def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+def backbone_of(model: PreTrainedModel) -> Any:
     """The model without its head; the model itself if it names none."""
     own = model.base_model
     return getattr(model, "model", model) if own is model else own

@@ -138,8 +138,8 @@ class RPOConfig(DPOConfig):
             _refuse("loss_type", expected, self.loss_type)
         loss = (self.eta, self.label_smoothing, self.sft_reduction, self.scale_eta_by_beta)
         checks.check_loss(self.loss_type[0], self.beta, *loss, None)
-        run = (self.max_workspace_mb, self.grad_tolerance, self.strategy)
-        checks.check_run(self.backend, *run)
+        run: dict[str, Any] = {"grad_tolerance": self.grad_tolerance, "strategy": self.strategy}
+        checks.check_run(self.backend, self.max_workspace_mb, **run)
 
 
 class RPOTrainer(DPOTrainer):
