@@ -19,8 +19,6 @@ FILLED = ("model_name_or_path", "output_dir", "lora_target_modules")  # may not 
 
 # What each field's value must be, in words and as a test; null passes where a field may be null.
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "logit_scale": ("null or a number > 0", lambda x: 0 < x < float("inf")),
-    "logit_softcap": ("null or a number > 0", lambda x: 0 < x < float("inf")),
     "train_weights": ("numbers > 0", lambda x: all(0 < y < float("inf") for y in x)),
     "eval_split_ratio": ("a number in [0, 1)", lambda x: 0 <= x < 1),
     "max_length": ("an integer >= 8", lambda x: x >= 8),
@@ -155,10 +153,10 @@ def convert(value: object, kind: object) -> object:
             return None
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
+        choices = {str(choice).lower(): choice for choice in typing.get_args(kind)}
+        if str(value).lower() not in choices:
             raise ValueError(f"expected one of {', '.join(choices)}, got {value!r}")
-        return value
+        return choices[str(value).lower()]
     if typing.get_origin(kind) is tuple:
         values = [] if value is None else value if isinstance(value, list | tuple) else [value]
         return tuple(convert(v, typing.get_args(kind)[0]) for v in values)

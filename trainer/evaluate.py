@@ -32,8 +32,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     options = vars(args)
     models = _assignments("models", options.pop("models"))
-    own = ("prompts", "output_dir", "logit_scale", "logit_softcap")
-    own = {name: options.pop(name) for name in own}
+    own = {name: options.pop(name) for name in ("prompts", "output_dir")}
     for path in generate(**own, models=models, sampling=Sampling(**options)):
         print(f"written: {path}")
 
@@ -82,8 +81,6 @@ def _seed(word: str) -> int:
 def _model_options(add: Callable) -> None:
     paths = "folders or hub ids, or package:NAME; /FILE.gguf may follow"
     add("--models", nargs="+", required=True, metavar="NAME=PATH", help=paths)
-    add("--logit_scale", type=float, help="as in training, for an architecture that is not known")
-    add("--logit_softcap", type=float, help="likewise")
 
 
 def _score_options(commands: argparse._SubParsersAction) -> None:

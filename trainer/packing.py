@@ -59,6 +59,27 @@ class Batch:
         names = ("input_ids", "position_ids", "rows", "labels", "cu_seqlens")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def unpacked_places(self) -> list[Tensor]:
+        """The places (n,) of each of the 2B sequences' tokens in `unpacked_ids`, flattened."""
+        lengths = [len(places) for places in self.layout.sequences()]
+        longest = max(lengths)
+        return [k * longest + torch.arange(length) for k, length in enumerate(lengths)]
+
+    def unpacked_ids(self) -> Tensor:
+        """(2B, L) int64: a row per sequence, chosen ones first, padded on the right."""
+        sequences, device = self.layout.sequences(), self.input_ids.device
+        ids = self.input_ids.new_zeros(len(sequences), max(map(len, sequences)))
+        places = torch.cat(self.unpacked_places()).to(device)
+        ids.view(-1)[places] = self.input_ids[0, torch.cat(sequences).to(device)]
+        return ids
+
+    def unpacked_rows(self) -> Tensor:
+        """(N,) int64: `rows` as places in `unpacked_ids`, flattened."""
+        longest = max(map(len, self.layout.sequences()))
+        trained = self.cu_seqlens.diff()
+        number = torch.arange(len(trained), device=self.rows.device).repeat_interleave(trained)
+        return number * longest + self.position_ids[0, self.rows]
+
 
 def _split(indices: list[int], parts: int) -> list[Indices]:
     """`parts` consecutive runs whose lengths differ by one at most."""

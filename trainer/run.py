@@ -41,10 +41,11 @@ from trainer.encoding import encode_rows, use_chat_template
 from trainer.fit import check_answers, check_fit
 from trainer.loading import check_layers, load_model, load_tokenizer, locate_model, save_model
 from trainer.loop import Training, evaluate, evaluation_step, owes_evaluation, train
-from trainer.model import PreferenceModel, check_model, compile_layers, loss_options
+from trainer.model import PreferenceModel, compile_layers, loss_options
 from trainer.optimizer import check_optimizer, make_optimizer, make_schedule
 from trainer.packing import Step, plan_training, regroup, share_prefixes
 from trainer.pairs import Split
+from trainer.probe import check_model
 from trainer.recipe import parse_config
 from trainer.reference import Reference, check_reference
 from trainer.samples import first_prompts, take_samples
@@ -76,11 +77,13 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
         return []
 
     policy = PreferenceModel(load_model(source, config), options, config.activation_offloading)
-    check_fit(policy.language_model, [pair for split in splits.values() for pair in split.pairs])
+    pairs = [pair for split in splits.values() for pair in split.pairs]
+    check_fit(policy.language_model, pairs)
     if "eval" in splits and config.sample_prompts:
         asked = first_prompts(splits["eval"].pairs, config.sample_prompts)
         check_answers(policy.language_model, asked, config.max_new_tokens)
-    check_model(policy.to(accelerator.device), splits["train"].pairs[0])
+    reason = check_model(policy.to(accelerator.device), pairs, config.packing)
+    report.say(f"packing: {'yes' if reason is None else f'no, as {reason}'}")
     reference = Reference(config, policy, tokenizer, splits, accelerator)
     models = {"model_name_or_path": policy, "ref_model_name_or_path": reference.model}
     fingerprint = checkpoint.fingerprint(config, splits, plans["train"], models)

@@ -59,7 +59,6 @@ def generate(
     models: dict[str, str],
     output_dir: str,
     sampling: Sampling,
-    **head: float | None,
 ) -> list[Path]:
     """Write `NAME.jsonl` with the answers of every model, in FastChat's format.
 
@@ -68,7 +67,6 @@ def generate(
         models: paths by name.
         output_dir: where the answer files go, and are continued.
         sampling: how answers are drawn.
-        head: `logit_scale`, `logit_softcap`, as in training, for an architecture that is not known.
 
     Returns:
         The answer files.
@@ -76,7 +74,7 @@ def generate(
     Raises:
         InputError: unusable prompts or models, or answers in the folder that were drawn otherwise.
     """
-    todo, sources = read_prompts(prompts), named_sources(models, head)
+    todo, sources = read_prompts(prompts), named_sources(models)
     folder, paths = open_folder(output_dir), []
     for name, source in sources.items():
         paths.append(folder / f"{name}.jsonl")

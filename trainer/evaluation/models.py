@@ -17,10 +17,6 @@ class Source:
     """Where a model is: a folder, hub id or `package:NAME`, each with `/FILE.gguf` or without."""
 
     path: str
-    logit_scale: float | None = None
-    """As in the trainer's config: of lm_head's output, for an architecture it does not know."""
-    logit_softcap: float | None = None
-    """Likewise."""
 
     def config(self, file: str) -> RunConfig:
         """The trainer's config for this model and a data file."""
@@ -30,8 +26,6 @@ class Source:
             model_name_or_path=folder if gguf else self.path,
             gguf_file=name if gguf else None,
             train_file=(file,),
-            logit_scale=self.logit_scale,
-            logit_softcap=self.logit_softcap,
         )
 
     def state(self) -> list[tuple[str, int, int]]:
@@ -54,12 +48,11 @@ def open_model(source: Source, file: str) -> tuple[PreTrainedModel, PreTrainedTo
     return load_model(place, config).to(device).eval(), tokenizer
 
 
-def named_sources(models: dict[str, str], head: dict[str, float | None]) -> dict[str, Source]:
+def named_sources(models: dict[str, str]) -> dict[str, Source]:
     """Sources by name; a name becomes a file name.
 
     Args:
         models: paths by name.
-        head: `logit_scale` and `logit_softcap` of all of them, or nothing.
 
     Raises:
         InputError: no model, or a name that is no file name.
@@ -69,4 +62,4 @@ def named_sources(models: dict[str, str], head: dict[str, float | None]) -> dict
             raise InputError(f"models: {name!r} cannot be a file name; use NAME=PATH")
     if not models:
         raise InputError("models: expected NAME=PATH, got nothing")
-    return {name: Source(path, **head) for name, path in models.items()}
+    return {name: Source(path) for name, path in models.items()}

@@ -27,9 +27,10 @@ from trainer.encoding import Encoder
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.records import replace_text, write_json
 from trainer.fit import check_answers, check_fit
-from trainer.model import PreferenceModel, check_model
+from trainer.model import PreferenceModel
 from trainer.packing import pack, share_prefixes
 from trainer.pairs import IGNORE, Pair, Sequence
+from trainer.probe import check_model
 from trainer.samples import first_prompts, sample
 from trainer.sources import check_rows, read_file
 from trainer.truncation import Limits
@@ -47,8 +48,6 @@ def score(
     kl_prompts: int,
     kl_tokens: int,
     seed: int,
-    logit_scale: float | None = None,
-    logit_softcap: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """Write `scores.json` (means) and `scores.jsonl` (a line per model and pair).
 
@@ -63,7 +62,6 @@ def score(
         kl_prompts: prompts on which the KL is estimated, the first ones; 0 leaves it out.
         kl_tokens: length to which answers are drawn for it.
         seed: of these draws.
-        logit_scale, logit_softcap: as in training, for an architecture that is not known.
 
     Returns:
         What `scores.json` holds: metrics by model.
@@ -76,13 +74,12 @@ def score(
     ):  # fmt: skip
         if not least <= value < math.inf:
             raise InputError(f"{name}: expected a finite number >= {least}, got {value}")
-    head = {"logit_scale": logit_scale, "logit_softcap": logit_softcap}
-    sources, folder = named_sources(models, head), open_folder(output_dir)
-    model, tokenizer = open_model(Source(reference, **head), data[0])
+    sources, folder = named_sources(models), open_folder(output_dir)
+    model, tokenizer = open_model(Source(reference), data[0])
     places, pairs = read_pairs(data, tokenizer, max_length)
     base = PreferenceModel(model, {})
     check_fit(model, pairs)
-    check_model(base, pairs[0])
+    check_model(base, pairs)
     ref_logps = score_pairs(base, pairs, batch_size, "reference")
     results, lines = {}, []
     for name, source in sources.items():
@@ -95,7 +92,7 @@ def score(
         drawn = draw_pairs(model, tokenizer, prompts, kl_tokens, batch_size, name)
         policy = PreferenceModel(model, {})
         check_fit(model, pairs)
-        check_model(policy, pairs[0])
+        check_model(policy, pairs)
         logps = score_pairs(policy, pairs, batch_size, name)
         results[name] = summarize(pairs, logps, ref_logps, beta)
         if drawn:

@@ -1,0 +1,95 @@
+"""Every causal language model of transformers, tiny: `python tests/architectures.py` writes a table.
+
+`tiny(kind)` makes a config small by the names of its fields, whatever they belong to; what a name
+does not tell stands in `OWN`.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+WIDTH, HEADS, LAYERS = 32, 4, 2
+NAMES = {
+    259: "vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab "
+    "ngram_vocab_size_base codebook_size unpadded_vocab_size",
+    WIDTH: "hidden_size d_model n_embd embed_dim embedding_size word_embed_proj_dim "
+    "attention_hidden_size output_dim emb_dim dim_model_base encoder_hidden_size "
+    "embedding_dim input_embedding_size output_embedding_size",
+    2 * WIDTH: "intermediate_size ffn_dim n_inner d_inner dim_ff dff decoder_ffn_dim "
+    "encoder_ffn_dim moe_intermediate_size shared_expert_intermediate_size "
+    "shared_intermediate_size intermediate_size_mlp ffn_hidden_size expert_ffn_hidden_size "
+    "moe_shared_expert_intermediate_size mamba_d_ssm feed_forward_size dense_intermediate_size "
+    "shared_experts_intermediate_size zaya_mlp_size lru_width expert_intermediate_size "
+    "block_ff_dim ple_embed_dim",
+    HEADS: "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
+    "encoder_attention_heads attention_heads swa_num_attention_heads linear_num_value_heads "
+    "mamba_n_heads linear_num_heads index_n_heads num_local_experts num_experts "
+    "n_routed_experts moe_num_experts ffn_num_experts num_decoder_attention_heads "
+    "num_encoder_attention_heads n_mamba_heads mamba_num_heads num_swa_attention_heads",
+    2: "num_key_value_heads kv_n_heads num_kv_heads swa_num_key_value_heads multi_query_group_num "
+    "linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k "
+    "n_shared_experts hc_mult hc_count n_groups mamba_n_groups "
+    "num_decoder_layers num_encoder_layers n_layer n_layers num_layers decoder_layers "
+    "encoder_layers num_hidden_layers mamba_num_groups",
+    1: "num_nextn_predict_layers n_group topk_group first_k_dense_replace num_expert_group "
+    "num_dense_layers type_vocab_size heads_per_ngram split_ngram_parts",
+    8: "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim swa_head_dim "
+    "linear_key_head_dim linear_value_head_dim linear_head_dim dim_head kv_channels d_rel "
+    "attention_head_dim rotary_dim hidden_size_per_layer_input laurel_rank "
+    "make_ngram_vocab_size_divisible_by d_state mamba_d_state state_size ssm_state_size "
+    "mamba_head_dim time_step_rank mamba_dt_rank hc_lowrank qk_head_dim_global v_head_dim_global "
+    "swa_v_head_dim head_size",
+    16: "kv_lora_rank q_lora_rank mamba_d_head sliding_window window_size attention_chunk_size "
+    "chunk_size mamba_chunk_size local_attention sliding_window_size attention_window_size "
+    "index_topk rel_extent prompt_length local_attention_window_len block_size gated_norm_rank",
+    512: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions "
+    "position_bias_max_distance original_max_position_embeddings floor_scale",
+    0.2: "initializer_range init_std",
+    0: "pad_token_id",
+}  # fmt: skip
+SMALL = {name: value for value, names in NAMES.items() for name in names.split()}
+SMALL |= {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "is_decoder": True}
+PER_LAYER = "layer_types mlp_layer_types layers_block_type block_types"
+OWN: dict[str, dict] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "mamba2": {"num_heads": 8},
+    "ernie4_5_moe": {"moe_k": 2},
+}
+
+
+def shrunk(config: PreTrainedConfig, own: dict) -> dict:
+    """The fields of a small config of this class."""
+    fields, default = {}, config.to_dict()
+    count = getattr(config, "num_hidden_layers", None)
+    lists = {k: v for k, v in default.items() if isinstance(v, list | tuple) and len(v) == count}
+    lists = {k: v for k, v in lists.items() if k in PER_LAYER.split() or k.endswith("layer_types")}
+    for name, value in default.items():
+        inner = getattr(config, name, None)
+        if isinstance(inner, PreTrainedConfig):
+            fields[name] = type(inner)(**shrunk(inner, {}))
+        elif name in SMALL and (value is not None or name.endswith("token_id")):
+            if not isinstance(value, list | tuple):
+                fields[name] = SMALL[name]
+    if lists:
+        rows = list(zip(*lists.values(), strict=True))
+        first = sorted({row: rows.index(row) for row in rows}.values())
+        first = first if len(first) > 1 else [0, 1]
+        fields |= {name: [value[k] for k in first] for name, value in lists.items()}
+        fields["num_hidden_layers"] = len(first)
+    if "kv_lora_rank" in default and "num_key_value_heads" in fields:  # every head has its own
+        fields["num_key_value_heads"] = HEADS
+    return fields | own
+
+
+def tiny(kind: str, seed: int = 0, **own: object) -> PreTrainedModel:
+    """A random model of a type of config."""
+    torch.manual_seed(seed)
+    kinds = CONFIG_MAPPING[kind]
+    config = kinds(**shrunk(kinds(), OWN.get(kind, {}) | own))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() < 2:  # norms and biases, which would be ones and zeros
+            torch.nn.init.normal_(parameter, parameter.mean().item(), 0.1)
+    return model.eval()

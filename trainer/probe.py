@@ -1,0 +1,188 @@
+"""Whether a model trains at all, and whether it packs: both measured, on made-up tokens.
+
+    L tokens of the longest sequence of the probe
+
+Trains: a forward is the same twice, to the bit, and no token's state depends on what follows it, so
+a row padded on the right is a sequence alone. Packs: in a packed row, every token of every sequence
+has the state that it has alone, the first tokens of a branch and those beyond every window among
+them. Equal means: to rounding, which is measured, too, by a change of the token embeddings in their
+last digit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from trainer.attention import packs
+from trainer.backbone import run_to_head
+from trainer.config import InputError
+from trainer.fit import positions
+from trainer.model import PreferenceModel
+from trainer.packing import Batch, pack
+from trainer.pairs import Pair, Sequence
+
+SHORT, BRANCH = 24, 12  # tokens of a shared prefix, where there is no window, and of a response
+# Numbers of a config beyond which a token may not see, or be seen otherwise.
+REACH = re.compile("window|chunk|block_size|topk|local_attention|extent|n_floor|floor_scale")
+MARGIN = 10  # roundings add up over the layers, the measured one is at the embeddings alone
+
+
+@torch.no_grad()
+def check_model(
+    model: PreferenceModel, pairs: Iterable[Pair], packing: bool | str = "auto"
+) -> str | None:
+    """Let a model run packed rows if it can, else every sequence as a row.
+
+    Args:
+        model: the policy, before it is wrapped for training.
+        pairs: all that it will see.
+        packing: true or false decides; "auto" packs where that changes nothing.
+
+    Returns:
+        Why batches are not packed; None where they are.
+
+    Raises:
+        InputError: this model cannot be trained, or not in packed rows although `packing` is true.
+    """
+    training, name = model.training, type(model.language_model).__name__
+    longest = max(len(s.ids) for pair in pairs for s in (pair.chosen, pair.rejected))
+    batch = _made_up(model.language_model, longest)
+    try:
+        model.train()
+        model.pack(False)
+        wanted, noise = _in_rows(model, batch)
+        if packing is False:
+            return "packing is false"
+        reason = _unpackable(model, batch, wanted, MARGIN * noise)
+        if reason and packing is True:
+            raise InputError(f"packing: {name} {reason}; set it to auto or false")
+        model.pack(reason is None)
+        return reason
+    finally:
+        model.train(training)
+
+
+def _made_up(model: PreTrainedModel, longest: int) -> Batch:
+    """Two pairs of random tokens, all of them trained on; the first reaches beyond every window."""
+    config = model.config.get_text_config()
+    limit = positions(model) or longest
+    reaches = [n for n in _reaches(config.to_dict()) if n < longest]
+    prefix = min(max([SHORT, *reaches]) + 2, limit - BRANCH)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    marks = {v for k, v in _numbers(model.config.to_dict()) if re.search("token_(id|index)", k)}
+    plain = np.setdiff1d(np.arange(vocabulary), np.array(sorted(marks), int))
+    draw = np.random.default_rng(0)
+
+    def pair(shared: int, chosen: int, rejected: int) -> Pair:
+        start = draw.choice(plain, shared)
+        ids = (np.concatenate([start, draw.choice(plain, n)]) for n in (chosen, rejected))
+        return Pair(*(Sequence(i.astype(np.int32), i.astype(np.int32)) for i in ids), shared)
+
+    return pack([pair(prefix, BRANCH, BRANCH - 3), pair(3, 5, 7)], (0, 1)).to(model.device)
+
+
+def _reaches(config: dict) -> Iterator[int]:
+    for key, value in _numbers(config):
+        if REACH.search(key):
+            yield value
+
+
+def _numbers(config: dict) -> Iterator[tuple[str, int]]:
+    """The whole numbers of a config, those of its lists and of the configs in it included."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int) and not isinstance(number, bool):
+                yield key, number
+
+
+def _in_rows(model: PreferenceModel, batch: Batch) -> tuple[Tensor, float]:
+    """States (N, D) of sequences alone, and how far rounding moves one; refuses what is no model.
+
+    Raises:
+        InputError: two equal forwards differ, or a row's states depend on its padding.
+    """
+    name = type(model.language_model).__name__
+    rows = model.hidden(batch)
+    if not torch.equal(rows, model.hidden(batch)):
+        raise InputError(
+            f"{name}: two equal forwards give different states, so policy and reference could not "
+            "agree; a model that draws random numbers in evaluation cannot be trained here"
+        )
+    ids = batch.unpacked_ids()
+    lengths = [len(places) for places in batch.layout.sequences()]
+    alone = [
+        run_to_head(model.language_model, row[None, :n]).hidden[0]
+        for row, n in zip(ids, lengths, strict=True)
+    ]
+    alone = torch.cat(alone)
+    with _last_digit(model.language_model):
+        noise = _difference(model.hidden(batch), rows)
+    difference = _difference(rows, alone)
+    if not difference <= MARGIN * noise:
+        raise InputError(
+            f"{name}: a token's state depends on tokens that follow it (by {difference:.1e}, and "
+            f"rounding by {noise:.1e}): not a causal language model"
+        )
+    return alone, max(noise, difference)
+
+
+def _last_digit(model: PreTrainedModel):  # noqa: ANN202
+    """Let token embeddings differ by rounding."""
+    dice = torch.Generator().manual_seed(0)
+
+    def change(_module, _args, output: Tensor) -> Tensor:  # noqa: ANN001
+        signs = torch.randint(0, 2, output.shape, generator=dice).to(output) * 2 - 1
+        return output * (1 + torch.finfo(output.dtype).eps * signs)
+
+    return _Hooked(model.get_input_embeddings().register_forward_hook(change))
+
+
+class _Hooked:
+    """A hook, until the end of a `with`."""
+
+    def __init__(self, hook) -> None:  # noqa: ANN001
+        self.hook = hook
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_error: object) -> None:
+        self.hook.remove()
+
+
+def _difference(states: Tensor, wanted: Tensor) -> float:
+    """The largest relative difference of a token's state; N tokens (N, D)."""
+    errors = (states - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)
+    return errors.max().item()
+
+
+def _unpackable(
+    model: PreferenceModel, batch: Batch, wanted: Tensor, tolerance: float
+) -> str | None:
+    """Why packed rows are not an option; the model is left packed, if they are."""
+    if not packs(model.language_model):
+        return "has layers that do not tell their window (no FlashAttention support)"
+    try:
+        model.pack(True)
+        packed = model.hidden(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        model.pack(False)
+        return f"cannot run packed sequences: {error}"
+    difference = _difference(packed, wanted)
+    if not difference <= tolerance:
+        model.pack(False)
+        return (
+            "does not treat packed sequences as it does alone: a token's state differs by "
+            f"{difference:.1e}, rounding makes {tolerance:.1e}"
+        )
+    return None
