@@ -77,7 +77,7 @@ def run_step(
 
     shares = torch.zeros(len(METRICS), device=accelerator.device)
     for k, ranks in enumerate(step.micro_batches, 1):
-        batch = pack(pairs, ranks[accelerator.process_index]).to(accelerator.device)
+        batch = pack(pairs, ranks[accelerator.process_index], ranks).to(accelerator.device)
         ref = None if split.reference is None else split.reference(batch)
         waits = train and k < len(step.micro_batches)
         with distributed.no_sync(model, accelerator) if waits else contextlib.nullcontext():

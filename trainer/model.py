@@ -1,18 +1,14 @@
 """The policy: its forward to the loss.
 
-    B pairs, T packed tokens, N trained tokens, L tokens of the longest sequence, D hidden size,
-    V vocabulary
+    B pairs, T packed tokens, N trained tokens, D hidden size, V vocabulary
 
     PreferenceModel.forward(batch)
-      └─ backbone (transformers)          packed:     (1, T) ids, positions, layout
-                                          or in rows: (2B, L) ids, padded on the right
+      └─ backbone (transformers)          once, packed:     (1, T) ids, positions, layout
+                                          or 2B times:      (1, t) ids of one sequence
       └─ FusedLMHead.forward(hidden, ...)  N rows of its states, weight (V, D)  ->  no logits
 
-In rows every sequence has its own, and the model attends as it is: a causal model does not see what
-follows, so padding on the right changes nothing. Either way it is one call of the backbone and one
-of the head, so ranks with few pairs, or none, call as often as the others. The loss is computed
-inside the forward of the module that owns the weight, so that DDP, FSDP2 and ZeRO-3 hooks see it
-used. The model is always in evaluation mode, so dropout and every other noise of its own is off,
+Alone, a sequence runs as the model was written. The loss is computed inside the forward of the
+module that owns the weight, so that DDP, FSDP2 and ZeRO-3 hooks see it used. The model is always in evaluation mode, so dropout and every other noise of its own is off,
 whatever its name: policy and reference agree at step 0.
 """
 
@@ -20,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import namedtuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rpo_kernels import RPOOutput, fused_rpo_loss
 from trainer.attention import NAME as ATTENTION
 from trainer.attention import packs
-from trainer.backbone import States, checkpointed_layers, run_to_head, silence
+from trainer.backbone import checkpointed_layers, run_to_head, silence
 from trainer.config import InputError, RunConfig
 from trainer.packing import Batch
 from trainer.router import balance_loss
@@ -85,12 +82,12 @@ class PreferenceModel(nn.Module):
         silence(model)
         self.own_attention = model.config._attn_implementation
         self.packed = False
-        """Whether a batch runs as one packed row; else every sequence is a row."""
+        """Whether a batch runs as one packed row; else every sequence runs alone."""
         self.pack(packs(model))
         self.train(model.training)
 
     def pack(self, packed: bool) -> None:
-        """Run batches as packed rows, or every sequence as a row."""
+        """Run batches as packed rows, or every sequence alone."""
         if packed != self.packed:
             self.language_model.set_attn_implementation(ATTENTION if packed else self.own_attention)
         self.packed = packed
@@ -113,27 +110,26 @@ class PreferenceModel(nn.Module):
         wrapped = hasattr(self.model, "get_base_model")
         return self.model.get_base_model() if wrapped else self.model
 
-    def states(self, batch: Batch) -> States:
-        """What the backbone makes of a batch: of its packed row, or of its sequences as rows."""
-        keeps = torch.autograd.graph.save_on_cpu(pin_memory=True)
-        with keeps if self.offload else contextlib.nullcontext():
-            if not self.packed:
-                return run_to_head(self.language_model, batch.unpacked_ids())
-            return run_to_head(
-                self.language_model,
-                batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=batch.input_ids.new_ones(1, 1, 1, 1),  # stands for a finished mask
-                pairs=batch.layout,
-            )
-
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, D) that predict a packed batch's trained tokens."""
-        return self._trained(batch, self.states(batch))
+        return torch.cat([states for states, _ in self._run(batch)])
 
-    def _trained(self, batch: Batch, states: States) -> Tensor:
-        rows = batch.rows if self.packed else batch.unpacked_rows()
-        return states.hidden.flatten(0, 1).index_select(0, rows)
+    def _run(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Of each forward of the backbone, the states (n, D) of trained tokens, the routers' loss.
+        """
+        keeps = torch.autograd.graph.save_on_cpu(pin_memory=True)
+        with keeps if self.offload else contextlib.nullcontext():
+            for part in batch.passes(self.packed):
+                layout = {
+                    "position_ids": batch.position_ids,
+                    "attention_mask": part.ids.new_ones(1, 1, 1, 1),  # for a finished mask
+                    "pairs": batch.layout,
+                }
+                found = run_to_head(self.language_model, part.ids, **layout if self.packed else {})
+                aux = None
+                if getattr(found.output, "router_logits", None):
+                    aux = balance_loss(self.language_model, found.output, part.sequences)
+                yield found.hidden[0].index_select(0, part.rows), aux
 
     def forward(
         self, batch: Batch, ref_logps: Tensor | None, num_pairs: int, num_chosen_tokens: int
@@ -147,19 +143,16 @@ class PreferenceModel(nn.Module):
             num_pairs: pairs of the whole step, over all micro-batches and ranks.
             num_chosen_tokens: trained tokens of the whole step's chosen responses.
         """
-        states = self.states(batch)
+        states, aux = zip(*self._run(batch), strict=True)
         head = self.language_model.get_output_embeddings()
         out = head(
-            self._trained(batch, states), batch.labels, cu_seqlens=batch.cu_seqlens,
-            ref_logps=ref_logps, num_pairs=num_pairs, num_chosen_tokens=num_chosen_tokens,
-            **self.options,
+            torch.cat(states), batch.labels, cu_seqlens=batch.cu_seqlens, ref_logps=ref_logps,
+            num_pairs=num_pairs, num_chosen_tokens=num_chosen_tokens, **self.options,
         )  # fmt: skip
-        if not getattr(states.output, "router_logits", None):
+        if None in aux:
             return PolicyOutput(*out, None)
-        places = batch.layout.sequences() if self.packed else batch.unpacked_places()
-        places = places[: 2 * len(batch.indices)]  # none of a batch without pairs
-        aux = balance_loss(self.language_model, states.output, places) / (2 * num_pairs)
-        return PolicyOutput(*out._replace(loss=out.loss + aux), aux.detach())
+        routers = torch.stack(aux).sum() / (2 * num_pairs)
+        return PolicyOutput(*out._replace(loss=out.loss + routers), routers.detach())
 
     def answer(
         self,

@@ -2,8 +2,8 @@
 
     L tokens of the longest sequence of the probe
 
-Trains: a forward is the same twice, to the bit, and no token's state depends on what follows it, so
-a row padded on the right is a sequence alone. Packs: in a packed row, every token of every sequence
+Trains: a forward is the same twice, to the bit, leaves the weights as they are, and no token's
+state depends on what follows it. Packs: in a packed row, every token of every sequence
 has the state that it has alone, the first tokens of a branch and those beyond every window among
 them. Equal means: to rounding, which is measured, too, by a change of the token embeddings in their
 last digit.
@@ -37,7 +37,7 @@ MARGIN = 10  # roundings add up over the layers, the measured one is at the embe
 def check_model(
     model: PreferenceModel, pairs: Iterable[Pair], packing: bool | str = "auto"
 ) -> str | None:
-    """Let a model run packed rows if it can, else every sequence as a row.
+    """Let a model run packed rows if it can, else every sequence alone.
 
     Args:
         model: the policy, before it is wrapped for training.
@@ -56,7 +56,7 @@ def check_model(
     try:
         model.train()
         model.pack(False)
-        wanted, noise = _in_rows(model, batch)
+        wanted, noise = _alone(model, batch)
         if packing is False:
             return "packing is false"
         reason = _unpackable(model, batch, wanted, MARGIN * noise)
@@ -103,35 +103,37 @@ def _numbers(config: dict) -> Iterator[tuple[str, int]]:
                 yield key, number
 
 
-def _in_rows(model: PreferenceModel, batch: Batch) -> tuple[Tensor, float]:
+def _alone(model: PreferenceModel, batch: Batch) -> tuple[Tensor, float]:
     """States (N, D) of sequences alone, and how far rounding moves one; refuses what is no model.
 
     Raises:
-        InputError: two equal forwards differ, or a row's states depend on its padding.
+        InputError: two equal forwards differ, one changes the weights, or sees what follows.
     """
     name = type(model.language_model).__name__
-    rows = model.hidden(batch)
-    if not torch.equal(rows, model.hidden(batch)):
+    versions = [p._version for p in model.parameters()]
+    states = model.hidden(batch)
+    if not torch.equal(states, model.hidden(batch)):
         raise InputError(
             f"{name}: two equal forwards give different states, so policy and reference could not "
             "agree; a model that draws random numbers in evaluation cannot be trained here"
         )
-    ids = batch.unpacked_ids()
-    lengths = [len(places) for places in batch.layout.sequences()]
-    alone = [
-        run_to_head(model.language_model, row[None, :n]).hidden[0]
-        for row, n in zip(ids, lengths, strict=True)
-    ]
-    alone = torch.cat(alone)
+    if versions != [p._version for p in model.parameters()]:
+        raise InputError(
+            f"{name}: a forward in evaluation changes the weights; it cannot be trained here"
+        )
     with _last_digit(model.language_model):
-        noise = _difference(model.hidden(batch), rows)
-    difference = _difference(rows, alone)
+        noise = _difference(model.hidden(batch), states)
+    ids = next(batch.passes(packed=False)).ids
+    end = ids.shape[1] - BRANCH // 2
+    other = torch.cat([ids[:, :end], ids[:, : ids.shape[1] - end]], 1)
+    first, second = (run_to_head(model.language_model, x).hidden[0, :end] for x in (ids, other))
+    difference = _difference(second, first)
     if not difference <= MARGIN * noise:
         raise InputError(
             f"{name}: a token's state depends on tokens that follow it (by {difference:.1e}, and "
-            f"rounding by {noise:.1e}): not a causal language model"
+            f"rounding by {noise:.1e}); expected a causal language model, a decoder"
         )
-    return alone, max(noise, difference)
+    return states, noise
 
 
 def _last_digit(model: PreTrainedModel):  # noqa: ANN202

@@ -228,7 +228,7 @@ def fill(
     for ranks in progress(rounds, title) if rounds else ():
         indices = [i for part in ranks for i in part]
         start = sum(map(len, ranks[:rank]))
-        batch = pack(split.pairs, ranks[rank]).to(device)
+        batch = pack(split.pairs, ranks[rank], ranks).to(device)
         logps = torch.zeros(len(indices), 2, device=device)
         logps[start : start + len(batch.indices)] = score(batch).view(2, -1).T
         logps = accelerator.reduce(logps, "sum").cpu()
