@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trainer.attention import packs
 from trainer.backbone import run_to_head
 from trainer.config import InputError
-from trainer.fit import positions
+from trainer.fit import positions, rope_changes
 from trainer.model import PreferenceModel
 from trainer.packing import Batch, pack
 from trainer.pairs import Pair, Sequence
@@ -51,21 +51,33 @@ def check_model(
         InputError: this model cannot be trained, or not in packed rows although `packing` is true.
     """
     training, name = model.training, type(model.language_model).__name__
-    longest = max(len(s.ids) for pair in pairs for s in (pair.chosen, pair.rejected))
-    batch = _made_up(model.language_model, longest)
+    lengths = [len(s.ids) for pair in pairs for s in (pair.chosen, pair.rejected)]
+    batch = _made_up(model.language_model, max(lengths))
     try:
         model.train()
         model.pack(False)
         wanted, noise = _alone(model, batch)
         if packing is False:
             return "packing is false"
-        reason = _unpackable(model, batch, wanted, MARGIN * noise)
+        reason = _rope(model.language_model, lengths)
+        reason = reason or _unpackable(model, batch, wanted, MARGIN * noise)
         if reason and packing is True:
             raise InputError(f"packing: {name} {reason}; set it to auto or false")
         model.pack(reason is None)
         return reason
     finally:
         model.train(training)
+
+
+def _rope(model: PreTrainedModel, lengths: list[int]) -> str | None:
+    """Why data of these lengths would not have the RoPE of each sequence in a common row."""
+    changes, kind = rope_changes(model)
+    if not min(lengths) <= changes < max(lengths):
+        return None
+    return (
+        f"has sequences on both sides of {changes} tokens, where its RoPE ({kind}) has other "
+        "frequencies"
+    )
 
 
 def _made_up(model: PreTrainedModel, longest: int) -> Batch:
