@@ -5,19 +5,21 @@
 Trains: a forward is the same twice, to the bit, leaves the weights as they are, and no token's
 state depends on what follows it. Packs: in a packed row, every token of every sequence
 has the state that it has alone, the first tokens of a branch and those beyond every window among
-them. Equal means: to rounding, which is measured, too, by a change of the token embeddings in their
-last digit.
+them. Equal means: to rounding, which is measured, too: by changing the last digit of what every
+matrix gives.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.attention import packs
 from trainer.backbone import run_to_head
@@ -30,7 +32,7 @@ from trainer.pairs import Pair, Sequence
 SHORT, BRANCH = 24, 12  # tokens of a shared prefix, where there is no window, and of a response
 # Numbers of a config beyond which a token may not see, or be seen otherwise.
 REACH = re.compile("window|chunk|block_size|topk|local_attention|extent|n_floor|floor_scale")
-MARGIN = 10  # roundings add up over the layers, the measured one is at the embeddings alone
+MARGIN = 4  # two equal things have roundings of their own
 
 
 @torch.no_grad()
@@ -56,11 +58,12 @@ def check_model(
     try:
         model.train()
         model.pack(False)
-        wanted, noise = _alone(model, batch)
+        with _in_float32(model.language_model):
+            wanted, noise = _alone(model, batch)
+            reason = "packing is false" if packing is False else _rope(model, lengths)
+            reason = reason or _unpackable(model, batch, wanted, MARGIN * noise)
         if packing is False:
-            return "packing is false"
-        reason = _rope(model.language_model, lengths)
-        reason = reason or _unpackable(model, batch, wanted, MARGIN * noise)
+            return reason
         if reason and packing is True:
             raise InputError(f"packing: {name} {reason}; set it to auto or false")
         model.pack(reason is None)
@@ -69,9 +72,9 @@ def check_model(
         model.train(training)
 
 
-def _rope(model: PreTrainedModel, lengths: list[int]) -> str | None:
+def _rope(model: PreferenceModel, lengths: list[int]) -> str | None:
     """Why data of these lengths would not have the RoPE of each sequence in a common row."""
-    changes, kind = rope_changes(model)
+    changes, kind = rope_changes(model.language_model)
     if not min(lengths) <= changes < max(lengths):
         return None
     return (
@@ -133,7 +136,7 @@ def _alone(model: PreferenceModel, batch: Batch) -> tuple[Tensor, float]:
         raise InputError(
             f"{name}: a forward in evaluation changes the weights; it cannot be trained here"
         )
-    with _last_digit(model.language_model):
+    with _last_digits(model.language_model):
         noise = _difference(model.hidden(batch), states)
     ids = next(batch.passes(packed=False)).ids
     end = ids.shape[1] - BRANCH // 2
@@ -148,28 +151,64 @@ def _alone(model: PreferenceModel, batch: Batch) -> tuple[Tensor, float]:
     return states, noise
 
 
-def _last_digit(model: PreTrainedModel):  # noqa: ANN202
-    """Let token embeddings differ by rounding."""
+@contextlib.contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model in bfloat16, whose rounding could hide anything, compute in float32.
+
+    Its weights are exact there, too. A layer's are converted for its forward alone, so the memory
+    is that of one layer. Packed 4-bit weights stay as they are.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    inside = {id(x) for layer in layers for x in _tensors(layer)}
+    stored: dict[int, Tensor] = {}
+
+    def widen(tensors: Iterable[Tensor]) -> None:
+        for x in tensors:
+            if x.dtype in (torch.bfloat16, torch.float16):
+                stored[id(x)], x.data = x.data, x.data.float()
+
+    def restore(tensors: Iterable[Tensor]) -> None:
+        for x in tensors:
+            x.data = stored.pop(id(x), x.data)
+
+    if not all(p.is_floating_point() for p in model.parameters()):
+        yield
+        return
+    hooks = [m.register_forward_pre_hook(lambda layer, _: widen(_tensors(layer))) for m in layers]
+    hooks += [
+        m.register_forward_hook(lambda layer, *_: restore(_tensors(layer)), always_call=True)
+        for m in layers
+    ]
+    rest = [x for x in _tensors(model) if id(x) not in inside]
+    widen(rest)
+    try:
+        yield
+    finally:
+        restore(rest)
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+@contextlib.contextmanager
+def _last_digits(model: PreTrainedModel) -> Iterator[None]:
+    """Let what every matrix and table gives differ in its last digit, as rounding does."""
     dice = torch.Generator().manual_seed(0)
 
-    def change(_module, _args, output: Tensor) -> Tensor:  # noqa: ANN001
+    def change(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         signs = torch.randint(0, 2, output.shape, generator=dice).to(output) * 2 - 1
         return output * (1 + torch.finfo(output.dtype).eps * signs)
 
-    return _Hooked(model.get_input_embeddings().register_forward_hook(change))
-
-
-class _Hooked:
-    """A hook, until the end of a `with`."""
-
-    def __init__(self, hook) -> None:  # noqa: ANN001
-        self.hook = hook
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_error: object) -> None:
-        self.hook.remove()
+    rounding = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    hooks = [module.register_forward_hook(change) for module in rounding]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _difference(states: Tensor, wanted: Tensor) -> float:
