@@ -32,7 +32,12 @@ REFUSED = [
     ),
     ("gpt2", {"n_positions": 38}, [], "max_length: expected at most 38, the positions of GPT2LMHe"),
     ("gpt2", {"n_positions": 64}, ASKED, "max_new_tokens: .* 64 positions, .* 3. tokens; expected"),
-    ("phi3", longrope(38), [], r"max_length: expected at most 38, .* Phi3ForCausalLM \(longrope\)"),
+    (
+        "phi3",
+        longrope(38),
+        ["--packing", "true"],
+        r"packing: Phi3ForCausalLM has sequences on both sides of 38 tokens.*RoPE \(longrope\)",
+    ),
     (
         "llama",
         {"max_position_embeddings": 32, "rope_parameters": DYNAMIC},

@@ -12,7 +12,9 @@ import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -76,27 +78,28 @@ def without_cache(model: PreTrainedModel) -> dict[str, bool]:
     return {"use_cache": False} if takes else {}
 
 
-def silence(model: PreTrainedModel) -> None:
-    """Let checkpointed layers run as in evaluation: only the choice to checkpoint is training's."""
-    for layer in checkpointed_layers(model):
-        layer._gradient_checkpointing_func = _silent(layer, layer._gradient_checkpointing_func)
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Let backward compute every layer again instead of keeping its activations.
+
+    transformers' own switch wants layers in training mode, where their dropout is on.
+
+    Raises:
+        InputError: there are no layers that can be.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise InputError(
+            f"gradient_checkpointing: {type(model).__name__} has no layers that backward could "
+            "compute again; set it to false"
+        )
+    for layer in layers:
+        layer.forward = _checkpointed(layer.forward)
 
 
-def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that backward computes again instead of keeping their activations."""
-    kinds = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
-    return [layer for layer in kinds if layer.gradient_checkpointing]
-
-
-def _silent(layer: nn.Module, checkpoint: Callable) -> Callable:
-    def run(function: Callable, *args: object) -> object:
-        def in_evaluation(*inputs: object) -> object:
-            layer.training = False
-            try:
-                return function(*inputs)
-            finally:
-                layer.training = True
-
-        return checkpoint(in_evaluation, *args)
+def _checkpointed(forward: Callable) -> Callable:
+    def run(*args: object, **kwargs: object) -> object:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return run

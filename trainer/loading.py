@@ -18,6 +18,7 @@ from transformers import (
 from transformers.integrations.liger import apply_liger_kernel
 
 from trainer.adapters import quantization, refuse_adapter_folder
+from trainer.backbone import checkpoint_layers
 from trainer.config import InputError, RunConfig
 from trainer.head import fuse_lm_head
 
@@ -114,9 +115,8 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
     _keep_softcap(model)
     if config.use_liger_kernel:
         _use_liger(model)
-    if config.gradient_checkpointing:  # its older name is all that transformers 5.17 knows
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if config.gradient_checkpointing:
+        checkpoint_layers(model)
     return fuse_lm_head(model)
 
 

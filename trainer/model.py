@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rpo_kernels import RPOOutput, fused_rpo_loss
 from trainer.attention import NAME as ATTENTION
 from trainer.attention import packs
-from trainer.backbone import checkpointed_layers, run_to_head, silence
+from trainer.backbone import run_to_head
 from trainer.config import InputError, RunConfig
 from trainer.packing import Batch
 from trainer.router import balance_loss
@@ -79,7 +79,6 @@ class PreferenceModel(nn.Module):
         self.options = options
         self.offload = offload
         model = self.language_model
-        silence(model)
         self.own_attention = model.config._attn_implementation
         self.packed = False
         """Whether a batch runs as one packed row; else every sequence runs alone."""
@@ -93,15 +92,13 @@ class PreferenceModel(nn.Module):
         self.packed = packed
 
     def train(self, mode: bool = True) -> PreferenceModel:
-        """Training mode for adapters, whose dropout is trained with, and checkpointing alone."""
+        """Training mode for adapters alone, whose dropout is trained with."""
         super().train(False)
         self.training = mode
         for layer in self.modules():
             if isinstance(layer, BaseTunerLayer):
                 for name, part in layer.named_children():
                     part.train(mode and name != "base_layer")
-        for layer in checkpointed_layers(self):
-            layer.training = mode
         return self
 
     @property
