@@ -164,7 +164,8 @@ def one_sequence(layout):
 
 def no_prefix(layout):
     """One in which rejected responses do not see what they share with the chosen ones."""
-    return layout and PairLayout(tuple(x for p, c, r in layout.lengths for x in ((0, p + c, 0), (0, r, 0))))
+    apart = (((0, p + c, 0), (0, r, 0)) for p, c, r in layout.lengths) if layout else ()
+    return layout and PairLayout(tuple(pair for pairs in apart for pair in pairs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

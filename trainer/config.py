@@ -145,7 +145,8 @@ class RunConfig:
     """Whether a batch is one packed row, without padding, or every sequence a row of its own, as a
     recurrent model needs it; `auto` packs where that is measured to change nothing, and says so."""
     prefix_sharing: bool = True
-    """Whether tokens that both sequences of a pair begin with are computed once; same loss."""
+    """Whether tokens that both sequences of a pair begin with are computed once, in packed rows;
+    same loss."""
     gradient_checkpointing: bool = False
     """Whether backward computes every layer again instead of keeping its activations."""
     activation_offloading: bool = False

@@ -15,24 +15,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rpo_kernels import RPOOutput
 from trainer import distributed, zero3
 from trainer.config import RunConfig
+from trainer.model import PolicyOutput
 from trainer.packing import Step, pack, plan_pass
 from trainer.pairs import Split
 from trainer.report import RunLog, progress
 from trainer.stop import Stopped, StopSignal
 
 METRICS = (
-    "loss", "loss/dpo", "loss/sft", "rewards/accuracies", "rewards/margins",
+    "loss", "loss/dpo", "loss/sft", "loss/aux", "rewards/accuracies", "rewards/margins",
     "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logps/chosen_delta",
 )  # fmt: skip
 
 
-def metric_shares(out: RPOOutput, ref_logps: Tensor | None, num_pairs: int) -> Tensor:
-    """`METRICS` (10,) of a batch as its share of `num_pairs` pairs; a step's shares add up.
+def metric_shares(out: PolicyOutput, ref_logps: Tensor | None, num_pairs: int) -> Tensor:
+    """`METRICS` (11,) of a batch as its share of `num_pairs` pairs; a step's shares add up.
 
-    Without ref_logps (2B,) the last, chosen log-probs against the reference, is NaN.
+    Without ref_logps (2B,) the last, chosen log-probs against the reference, is NaN; without a
+    routers' loss that is 0.
     """
     ref = math.nan if ref_logps is None else ref_logps[: len(out.chosen_logps)]
     sums = [
@@ -42,14 +43,16 @@ def metric_shares(out: RPOOutput, ref_logps: Tensor | None, num_pairs: int) -> T
             out.chosen_logps - ref,
         )
     ]  # fmt: skip
-    scalars = [out.loss.detach(), out.dpo_loss, out.sft_loss, out.accuracy, out.margin]
+    aux = out.loss.new_zeros(()) if out.aux_loss is None else out.aux_loss
+    scalars = [out.loss.detach(), out.dpo_loss, out.sft_loss, aux, out.accuracy, out.margin]
     return torch.stack([x.float() for x in (*scalars, *sums)])
 
 
 def named(values: Tensor) -> dict[str, float]:
-    """`METRICS` (10,) by name, without those that are not defined."""
+    """`METRICS` (11,) by name, without those that are not defined."""
     pairs = zip(METRICS, values.tolist(), strict=True)
-    return {k: v for k, v in pairs if not (k == "logps/chosen_delta" and math.isnan(v))}
+    missing = {"logps/chosen_delta": math.isnan, "loss/aux": lambda v: v == 0}
+    return {k: v for k, v in pairs if not (k in missing and missing[k](v))}
 
 
 def run_step(
@@ -69,7 +72,7 @@ def run_step(
         train: whether to compute gradients.
 
     Returns:
-        `METRICS` (10,) of the step, the same on every rank.
+        `METRICS` (11,) of the step, the same on every rank.
     """
     model.train(train)  # for adapters' dropout; the model's own is off
     pairs, num_pairs = split.pairs, len(step.indices)

@@ -8,8 +8,10 @@
       └─ FusedLMHead.forward(hidden, ...)  N rows of its states, weight (V, D)  ->  no logits
 
 Alone, a sequence runs as the model was written. The loss is computed inside the forward of the
-module that owns the weight, so that DDP, FSDP2 and ZeRO-3 hooks see it used. The model is always in evaluation mode, so dropout and every other noise of its own is off,
-whatever its name: policy and reference agree at step 0.
+module that owns the weight, so that DDP, FSDP2 and ZeRO-3 hooks see it used.
+
+The model is always in evaluation mode, so dropout and every other noise of its own is off, whatever
+its name: policy and reference agree at step 0.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from collections import namedtuple
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -82,6 +84,8 @@ class PreferenceModel(nn.Module):
         self.own_attention = model.config._attn_implementation
         self.packed = False
         """Whether a batch runs as one packed row; else every sequence runs alone."""
+        self.pads = True
+        """Whether prompts of different lengths are answered together, padded on the left."""
         self.pack(packs(model))
         self.train(model.training)
 
@@ -112,8 +116,7 @@ class PreferenceModel(nn.Module):
         return torch.cat([states for states, _ in self._run(batch)])
 
     def _run(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Of each forward of the backbone, the states (n, D) of trained tokens, the routers' loss.
-        """
+        """Of each forward of the backbone: states (n, D) of trained tokens, the routers' loss."""
         keeps = torch.autograd.graph.save_on_cpu(pin_memory=True)
         with keeps if self.offload else contextlib.nullcontext():
             for part in batch.passes(self.packed):
@@ -161,7 +164,7 @@ class PreferenceModel(nn.Module):
         """Greedy continuations of prompts, adapters included; for FSDP2 a forward as well."""
         return sample(
             self.language_model, tokenizer, prompts,
-            max_new_tokens=max_new_tokens, temperature=0.0, synced=synced,
+            max_new_tokens=max_new_tokens, temperature=0.0, synced=synced, padded=self.pads,
         )  # fmt: skip
 
 

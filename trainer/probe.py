@@ -11,28 +11,57 @@ matrix gives.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.attention import packs
 from trainer.backbone import run_to_head
 from trainer.config import InputError
 from trainer.fit import positions, rope_changes
+from trainer.head import measure_transform
 from trainer.model import PreferenceModel
 from trainer.packing import Batch, pack
 from trainer.pairs import Pair, Sequence
+from trainer.rounding import MARGIN, difference_of, in_float32, last_digits
+from trainer.samples import pads_exactly
 
 SHORT, BRANCH = 24, 12  # tokens of a shared prefix, where there is no window, and of a response
 # Numbers of a config beyond which a token may not see, or be seen otherwise.
 REACH = re.compile("window|chunk|block_size|topk|local_attention|extent|n_floor|floor_scale")
-MARGIN = 4  # two equal things have roundings of their own
+UNTOLD = "has layers that do not tell their window (no FlashAttention support)"
+
+
+def check_architecture(model: PreTrainedModel, packing: bool | str) -> str | None:
+    """Refuse what a model without numbers, on the meta device, shows that it cannot do.
+
+    Returns:
+        Why batches will not be packed; None where that is to be measured.
+
+    Raises:
+        InputError: this architecture cannot be trained, or not in packed rows.
+    """
+    try:
+        measure_transform(model)
+    except InputError:
+        raise
+    except Exception:  # whatever an operation says that does not work without numbers
+        pass
+    return _decided(model, packing, None if packs(model) else UNTOLD)
+
+
+def _decided(model: PreTrainedModel, packing: bool | str, reason: str | None) -> str | None:
+    """What is said of packing, where there is a reason against it."""
+    name = type(model).__name__
+    if packing is False:
+        return "no, as packing is false"
+    if reason and packing is True:
+        raise InputError(f"packing: {name} {reason}; set it to auto or false")
+    return reason and f"no, as {name} {reason}"
 
 
 @torch.no_grad()
@@ -52,22 +81,22 @@ def check_model(
     Raises:
         InputError: this model cannot be trained, or not in packed rows although `packing` is true.
     """
-    training, name = model.training, type(model.language_model).__name__
+    training, reason = model.training, None
     lengths = [len(s.ids) for pair in pairs for s in (pair.chosen, pair.rejected)]
     batch = _made_up(model.language_model, max(lengths))
     try:
         model.train()
         model.pack(False)
-        with _in_float32(model.language_model):
+        _check_backward(model.language_model, batch.input_ids[:, :BRANCH])
+        with in_float32(model.language_model):
             wanted, noise = _alone(model, batch)
-            reason = "packing is false" if packing is False else _rope(model, lengths)
-            reason = reason or _unpackable(model, batch, wanted, MARGIN * noise)
-        if packing is False:
-            return reason
-        if reason and packing is True:
-            raise InputError(f"packing: {name} {reason}; set it to auto or false")
-        model.pack(reason is None)
-        return reason
+            if packing is not False:
+                reason = _rope(model, lengths)
+                reason = reason or _unpackable(model, batch, wanted, MARGIN * noise)
+        model.pads = pads_exactly(model.language_model)
+        said = _decided(model.language_model, packing, reason)
+        model.pack(said is None)
+        return said
     finally:
         model.train(training)
 
@@ -136,13 +165,13 @@ def _alone(model: PreferenceModel, batch: Batch) -> tuple[Tensor, float]:
         raise InputError(
             f"{name}: a forward in evaluation changes the weights; it cannot be trained here"
         )
-    with _last_digits(model.language_model):
-        noise = _difference(model.hidden(batch), states)
+    with last_digits(model.language_model):
+        noise = difference_of(model.hidden(batch), states)
     ids = next(batch.passes(packed=False)).ids
     end = ids.shape[1] - BRANCH // 2
     other = torch.cat([ids[:, :end], ids[:, : ids.shape[1] - end]], 1)
     first, second = (run_to_head(model.language_model, x).hidden[0, :end] for x in (ids, other))
-    difference = _difference(second, first)
+    difference = difference_of(second, first)
     if not difference <= MARGIN * noise:
         raise InputError(
             f"{name}: a token's state depends on tokens that follow it (by {difference:.1e}, and "
@@ -151,72 +180,31 @@ def _alone(model: PreferenceModel, batch: Batch) -> tuple[Tensor, float]:
     return states, noise
 
 
-@contextlib.contextmanager
-def _in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model in bfloat16, whose rounding could hide anything, compute in float32.
+def _check_backward(model: PreTrainedModel, ids: Tensor) -> None:
+    """Refuse a forward that autograd cannot follow, by the gradient of token embeddings (1, T, D).
 
-    Its weights are exact there, too. A layer's are converted for its forward alone, so the memory
-    is that of one layer. Packed 4-bit weights stay as they are.
+    Raises:
+        InputError: naming what autograd says.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    inside = {id(x) for layer in layers for x in _tensors(layer)}
-    stored: dict[int, Tensor] = {}
+    leaves = []
 
-    def widen(tensors: Iterable[Tensor]) -> None:
-        for x in tensors:
-            if x.dtype in (torch.bfloat16, torch.float16):
-                stored[id(x)], x.data = x.data, x.data.float()
+    def begin(_module: object, _args: tuple, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1] * 1
 
-    def restore(tensors: Iterable[Tensor]) -> None:
-        for x in tensors:
-            x.data = stored.pop(id(x), x.data)
-
-    if not all(p.is_floating_point() for p in model.parameters()):
-        yield
-        return
-    hooks = [m.register_forward_pre_hook(lambda layer, _: widen(_tensors(layer))) for m in layers]
-    hooks += [
-        m.register_forward_hook(lambda layer, *_: restore(_tensors(layer)), always_call=True)
-        for m in layers
-    ]
-    rest = [x for x in _tensors(model) if id(x) not in inside]
-    widen(rest)
+    hook = model.get_input_embeddings().register_forward_hook(begin)
     try:
-        yield
+        with torch.enable_grad():
+            hidden = run_to_head(model, ids).hidden
+            torch.autograd.grad(hidden.float().sum(), leaves, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise InputError(
+            f"{type(model).__name__}: its forward has no gradient, so it cannot be trained: {error}"
+        ) from error
     finally:
-        restore(rest)
-        for hook in hooks:
-            hook.remove()
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-@contextlib.contextmanager
-def _last_digits(model: PreTrainedModel) -> Iterator[None]:
-    """Let what every matrix and table gives differ in its last digit, as rounding does."""
-    dice = torch.Generator().manual_seed(0)
-
-    def change(_module: nn.Module, _args: tuple, output: object) -> object:
-        if not isinstance(output, Tensor):  # a router that is a Linear gives several things
-            return output
-        signs = torch.randint(0, 2, output.shape, generator=dice).to(output) * 2 - 1
-        return output * (1 + torch.finfo(output.dtype).eps * signs)
-
-    rounding = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    hooks = [module.register_forward_hook(change) for module in rounding]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _difference(states: Tensor, wanted: Tensor) -> float:
-    """The largest relative difference of a token's state; N tokens (N, D)."""
-    errors = (states - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)
-    return errors.max().item()
+        hook.remove()
 
 
 def _unpackable(
@@ -224,7 +212,7 @@ def _unpackable(
 ) -> str | None:
     """Why packed rows are not an option; the model is left packed, if they are."""
     if not packs(model.language_model):
-        return "has layers that do not tell their window (no FlashAttention support)"
+        return UNTOLD
     try:
         model.pack(True)
         packed = model.hidden(batch)
@@ -233,7 +221,7 @@ def _unpackable(
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         model.pack(False)
         return f"cannot run packed sequences: {error}"
-    difference = _difference(packed, wanted)
+    difference = difference_of(packed, wanted)
     if not difference <= tolerance:
         model.pack(False)
         return (

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 # Threads that wait must not spin: on shared cores they would take the time of those at work.
@@ -45,7 +46,7 @@ from trainer.model import PreferenceModel, compile_layers, loss_options
 from trainer.optimizer import check_optimizer, make_optimizer, make_schedule
 from trainer.packing import Step, plan_training, regroup, share_prefixes
 from trainer.pairs import Split
-from trainer.probe import check_model
+from trainer.probe import check_architecture, check_model
 from trainer.recipe import parse_config
 from trainer.reference import Reference, check_reference
 from trainer.samples import first_prompts, take_samples
@@ -69,10 +70,12 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     sharding = distributed.take_request(config)
     accelerator = start(config)
     options, source = loss_options(config), locate_model(config)
+    alone = check_architecture(preview.skeleton(source, config), config.packing)
 
     tokenizer, splits = read_data(config, source)
     plans = plan(config, splits, accelerator.num_processes)
     if config.dry_run:
+        report.say(f"packing: {alone or 'measured when the weights are loaded'}")
         preview.show(config, source, tokenizer, splits, plans)
         return []
 
@@ -82,8 +85,11 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     if "eval" in splits and config.sample_prompts:
         asked = first_prompts(splits["eval"].pairs, config.sample_prompts)
         check_answers(policy.language_model, asked, config.max_new_tokens)
-    reason = check_model(policy.to(accelerator.device), pairs, config.packing)
-    report.say(f"packing: {'yes' if reason is None else f'no, as {reason}'}")
+    alone = check_model(policy.to(accelerator.device), pairs, config.packing)
+    report.say(f"packing: {alone or 'yes'}")
+    if alone and config.prefix_sharing:
+        forget_prefixes(splits)
+        plans = plan(config, splits, accelerator.num_processes)
     reference = Reference(config, policy, tokenizer, splits, accelerator)
     models = {"model_name_or_path": policy, "ref_model_name_or_path": reference.model}
     fingerprint = checkpoint.fingerprint(config, splits, plans["train"], models)
@@ -145,6 +151,12 @@ def read_data(config: RunConfig, source: str) -> tuple[PreTrainedTokenizerBase, 
         if config.prefix_sharing:
             splits[name].pairs = share_prefixes(splits[name].pairs)
     return tokenizer, splits
+
+
+def forget_prefixes(splits: dict[str, Split]) -> None:
+    """Count what both sequences of a pair begin with twice, as it is computed twice."""
+    for split in splits.values():
+        split.pairs = [replace(pair, shared=0) for pair in split.pairs]
 
 
 def open_log(

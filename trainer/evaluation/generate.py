@@ -21,7 +21,7 @@ from trainer.encoding import added_end
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.prompts import Prompt, read_prompts
 from trainer.evaluation.records import JsonlLog
-from trainer.samples import sample
+from trainer.samples import pads_exactly, sample
 
 COLDEST = 1e-6  # lower ones are greedy too, and overflow
 
@@ -106,10 +106,11 @@ def answer_all(
     if not starts:
         return
     model, tokenizer = open_model(source, file)
+    padded = pads_exactly(model)
     for start in tqdm(starts, f"generating {name}", dynamic_ncols=True):
         batch = prompts[start : start + size]
         torch.manual_seed(sampling.seed * 1_000_003 + start)
-        answers = answer(model, tokenizer, batch, sampling)
+        answers = answer(model, tokenizer, batch, sampling, padded)
         log.append(
             [
                 {
@@ -129,8 +130,9 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     batch: list[Prompt],
     sampling: Sampling,
+    padded: bool = True,
 ) -> list[list[str]]:
-    """The answers to every turn of a batch of prompts, turn after turn."""
+    """The answers to every turn of a batch of prompts, padded to one length, turn after turn."""
     answers: list[list[str]] = [[] for _ in batch]
     for turn in range(1 + max(len(prompt.follow_ups) for prompt in batch)):
         active = [k for k, prompt in enumerate(batch) if turn <= len(prompt.follow_ups)]
@@ -141,6 +143,7 @@ def answer(
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            padded=padded,
         )
         for k, ids in zip(active, texts, strict=True):
             answers[k].append(tokenizer.decode(ids, skip_special_tokens=True).strip())

@@ -31,7 +31,7 @@ from trainer.model import PreferenceModel
 from trainer.packing import pack, share_prefixes
 from trainer.pairs import IGNORE, Pair, Sequence
 from trainer.probe import check_model
-from trainer.samples import first_prompts, sample
+from trainer.samples import first_prompts, pads_exactly, sample
 from trainer.sources import check_rows, read_file
 from trainer.truncation import Limits
 
@@ -157,11 +157,14 @@ def draw_pairs(
     name: str,
 ) -> list[Pair]:
     """Two answers of the model to every prompt, drawn at temperature 1, as one pair."""
-    pairs = []
+    pairs, padded = [], pads_exactly(model)
     for start in tqdm(range(0, len(prompts), batch_size), f"sampling {name}", dynamic_ncols=True):
         batch = [list(ids) for ids in prompts[start : start + batch_size]]
         draws = [
-            sample(model, tokenizer, batch, max_new_tokens=max_new_tokens, temperature=1.0)
+            sample(
+                model, tokenizer, batch,
+                max_new_tokens=max_new_tokens, temperature=1.0, padded=padded,
+            )
             for _ in range(2)
         ]
         for prompt, *answers in zip(batch, *draws, strict=True):
