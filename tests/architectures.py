@@ -1,13 +1,36 @@
-"""Every causal language model of transformers, tiny: `python tests/architectures.py` writes a table.
+"""Every causal language model of transformers, tiny, against its own logits.
+
+    python tests/architectures.py          writes trainer/ARCHITECTURES.md
+    python tests/architectures.py KIND...  prints the rows of some types of config
 
 `tiny(kind)` makes a config small by the names of its fields, whatever they belong to; what a name
-does not tell stands in `OWN`.
+does not tell stands in `OWN`. Every model runs in a process of its own, as it may do anything.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
+import transformers
+from trainer_tiny import rpo_by_hand, shifted_reference, tiny_config, tiny_policy, tiny_split
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
+
+from trainer.config import InputError
+from trainer.packing import pack, share_prefixes
+from trainer.probe import check_model
+
+TABLE = Path(__file__).resolve().parent.parent / "trainer" / "ARCHITECTURES.md"
+PAIRS, SECONDS = 3, 120
+SHOWN = 150  # characters of a remark
+# A gradient below this share of the whole one's is rounding alone: a bias of keys has none.
+FLOOR = 1e-3
 
 WIDTH, HEADS, LAYERS = 32, 4, 2
 NAMES = {
@@ -51,11 +74,30 @@ NAMES = {
 SMALL = {name: value for value, names in NAMES.items() for name in names.split()}
 SMALL |= {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "is_decoder": True}
 PER_LAYER = "layer_types mlp_layer_types layers_block_type block_types"
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+HEAD = {"head_dim": 8}
+PERIOD = {"attn_layer_period": 2, "attn_layer_offset": 1}
+# Fields that no name tells.
 OWN: dict[str, dict] = {
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "mamba2": {"num_heads": 8},
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "ernie4_5_moe": {"moe_k": 2},
+    "granitemoehybrid": HYBRID,
+    "hunyuan_v1_dense": HEAD,
+    "hunyuan_v1_moe": HEAD,
+    "jamba": PERIOD,
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
+    "mamba2": {"num_heads": 8},
+    "ministral": HEAD,
+    "nemotron": HEAD | {"num_key_value_heads": 2},
+    "qwen4_exp_text": HEAD,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [16, 32]},
+    "xlstm": {"num_blocks": 2, "num_heads": 4, "chunk_size": 16},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -93,3 +135,118 @@ def tiny(kind: str, seed: int = 0, **own: object) -> PreTrainedModel:
         if parameter.dim() < 2:  # norms and biases, which would be ones and zeros
             torch.nn.init.normal_(parameter, parameter.mean().item(), 0.1)
     return model.eval()
+
+
+class Row(NamedTuple):
+    """What became of a type of config."""
+
+    kind: str
+    how: str
+    """packed, alone, refused, or not built."""
+    error: float | None
+    """Largest relative error of a parameter's gradient."""
+    remark: str
+
+
+def measure(kind: str) -> Row:
+    """Train a step of a tiny model by the trainer and by its own logits, a sequence at a time."""
+    try:
+        model = tiny(kind)
+        model.config.use_cache = False
+        model(input_ids=torch.arange(8)[None], use_cache=False)
+    except Exception as error:  # of a config that these sizes do not fit, or a missing package
+        return Row(kind, "not built", None, f"{type(error).__name__}: {error}")
+    pairs, reference = tiny_split(PAIRS).pairs, shifted_reference(PAIRS)
+    try:
+        policy, _ = tiny_policy(model, eta=0.5)
+        reason = check_model(policy, pairs)
+    except InputError as error:
+        return Row(kind, "refused", None, str(error))
+    rpo_by_hand(model, pairs, reference, tiny_config(eta=0.5)).backward()
+    wanted = _gradients(model)
+    model.zero_grad()
+    policy.train()
+    batch = pack(share_prefixes(pairs), tuple(range(PAIRS)))
+    policy(batch, reference.T.reshape(-1), PAIRS, 1).loss.backward()
+    how = "packed" if reason is None else "alone"
+    return Row(kind, how, largest_error(_gradients(model), wanted), reason or "")
+
+
+def _gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def largest_error(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The largest relative error of a parameter's gradient, by its norm or a share of the whole."""
+    floor = FLOOR * torch.cat([x.flatten() for x in wanted.values()]).norm()
+    errors = [(got[name] - x).norm() / max(x.norm(), floor) for name, x in wanted.items()]
+    return torch.stack(errors).max().item()
+
+
+def apart(kind: str) -> Row:
+    """`measure`, in a process that may crash or hang."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(SECONDS)
+        try:
+            row = measure(kind)
+        except BaseException as error:
+            row = Row(kind, "TRACEBACK", None, f"{type(error).__name__}: {error}")
+        with open(write, "w") as pipe:
+            json.dump(row, pipe)
+        os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return Row(*json.loads(text)) if text else Row(kind, "TRACEBACK", None, "crashed, or too slow")
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    remark = " ".join(row.remark.split()).replace("|", "/").removeprefix("no, as ")
+    remark = remark if len(remark) <= SHOWN else f"{remark[:SHOWN]}..."
+    error = "" if row.error is None else f"{row.error:.0e}"
+    return f"| `{row.kind}` | {row.how} | {error} | {remark} |"
+
+
+def table(rows: list[Row]) -> str:
+    """The page."""
+    counts = {how: sum(row.how == how for row in rows) for how in ("packed", "alone", "refused")}
+    trained = counts["packed"] + counts["alone"]
+    worst = max(row.error for row in rows if row.error is not None)
+    lines = "\n".join(map(line, rows))
+    return f"""# Architectures
+
+Every type of config that transformers {transformers.__version__} has a causal language model for,
+made tiny: {trained} of {len(rows)} train, {counts["packed"]} of them in packed rows and
+{counts["alone"]} with their sequences alone; {counts["refused"]} are refused. The error is the
+largest relative one of a parameter's gradient (of {FLOOR:.0e} of the whole gradient's norm, where a
+parameter's is less) of an RPO step in float32, against the model's own logits, one sequence at a
+time; at most {worst:.0e}. No name stands in the trainer: what is said here was measured, and is
+measured again before every run. Written by `python tests/architectures.py`.
+
+| type | how | error | |
+|---|---|---|---|
+{lines}
+"""
+
+
+def main(kinds: list[str]) -> None:
+    """Print rows, or write the whole table."""
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    rows = []
+    for kind in kinds or KINDS:
+        rows.append(apart(kind))
+        print(line(rows[-1]), flush=True)
+    if not kinds:
+        TABLE.write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

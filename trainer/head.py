@@ -65,11 +65,16 @@ def fuse_lm_head(model: PreTrainedModel) -> PreTrainedModel:
     """Replace the model's output layer, in place, by a `FusedLMHead` with the same parameters.
 
     Raises:
-        InputError: the output layer is not a plain Linear, or the model does something else to its
-            output than a scale and a softcap.
+        InputError: the output layer is not a plain Linear, the model does something else to its
+            output than a scale and a softcap, or a forward changes its weights.
     """
-    head = output_layer(model)
+    head, versions = output_layer(model), [p._version for p in model.parameters()]
     fused = FusedLMHead(head, *measure_transform(model))
+    if versions != [p._version for p in model.parameters()]:
+        raise InputError(
+            f"{type(model).__name__}: a forward in evaluation changes the weights in place, so "
+            "that they could not be saved; it cannot be trained here"
+        )
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module is head:
             parent, _, name = path.rpartition(".")

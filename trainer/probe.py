@@ -2,8 +2,8 @@
 
     L tokens of the longest sequence of the probe
 
-Trains: a forward is the same twice, to the bit, leaves the weights as they are, and no token's
-state depends on what follows it. Packs: in a packed row, every token of every sequence
+Trains: a forward is the same twice, to the bit, autograd can follow it, and no token's state
+depends on what follows it. Packs: in a packed row, every token of every sequence
 has the state that it has alone, the first tokens of a branch and those beyond every window among
 them. Equal means: to rounding, which is measured, too: by changing the last digit of what every
 matrix gives.
@@ -33,6 +33,11 @@ from trainer.samples import pads_exactly
 SHORT, BRANCH = 24, 12  # tokens of a shared prefix, where there is no window, and of a response
 # Numbers of a config beyond which a token may not see, or be seen otherwise.
 REACH = re.compile("window|chunk|block_size|topk|local_attention|extent|n_floor|floor_scale")
+# What the code of an architecture raises where it is asked for what it cannot do.
+BROKEN = (
+    RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError,
+    NotImplementedError,
+)  # fmt: skip
 UNTOLD = "has layers that do not tell their window (no FlashAttention support)"
 
 
@@ -87,9 +92,8 @@ def check_model(
     try:
         model.train()
         model.pack(False)
-        _check_backward(model.language_model, batch.input_ids[:, :BRANCH])
+        wanted, noise = _trains(model, batch)
         with in_float32(model.language_model):
-            wanted, noise = _alone(model, batch)
             if packing is not False:
                 reason = _rope(model, lengths)
                 reason = reason or _unpackable(model, batch, wanted, MARGIN * noise)
@@ -147,23 +151,37 @@ def _numbers(config: dict) -> Iterator[tuple[str, int]]:
                 yield key, number
 
 
+def _trains(model: PreferenceModel, batch: Batch) -> tuple[Tensor, float]:
+    """`_alone`, in float32, of a model that has a gradient.
+
+    Raises:
+        InputError: it has none, or its own code fails.
+    """
+    try:
+        _check_backward(model.language_model, batch.input_ids[:, :BRANCH])
+        with in_float32(model.language_model):
+            return _alone(model, batch)
+    except BROKEN as error:
+        if isinstance(error, InputError | torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"{type(model.language_model).__name__}: cannot run a sequence of made-up tokens, so "
+            f"it cannot be trained: {error}"
+        ) from error
+
+
 def _alone(model: PreferenceModel, batch: Batch) -> tuple[Tensor, float]:
     """States (N, D) of sequences alone, and how far rounding moves one; refuses what is no model.
 
     Raises:
-        InputError: two equal forwards differ, one changes the weights, or sees what follows.
+        InputError: two equal forwards differ, or one sees what follows.
     """
     name = type(model.language_model).__name__
-    versions = [p._version for p in model.parameters()]
     states = model.hidden(batch)
     if not torch.equal(states, model.hidden(batch)):
         raise InputError(
             f"{name}: two equal forwards give different states, so policy and reference could not "
             "agree; a model that draws random numbers in evaluation cannot be trained here"
-        )
-    if versions != [p._version for p in model.parameters()]:
-        raise InputError(
-            f"{name}: a forward in evaluation changes the weights; it cannot be trained here"
         )
     with last_digits(model.language_model):
         noise = difference_of(model.hidden(batch), states)
@@ -181,11 +199,7 @@ def _alone(model: PreferenceModel, batch: Batch) -> tuple[Tensor, float]:
 
 
 def _check_backward(model: PreTrainedModel, ids: Tensor) -> None:
-    """Refuse a forward that autograd cannot follow, by the gradient of token embeddings (1, T, D).
-
-    Raises:
-        InputError: naming what autograd says.
-    """
+    """Let autograd follow a forward, to the token embeddings (1, T, D)."""
     leaves = []
 
     def begin(_module: object, _args: tuple, output: Tensor) -> Tensor:
@@ -197,12 +211,6 @@ def _check_backward(model: PreTrainedModel, ids: Tensor) -> None:
         with torch.enable_grad():
             hidden = run_to_head(model, ids).hidden
             torch.autograd.grad(hidden.float().sum(), leaves, allow_unused=True)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise InputError(
-            f"{type(model).__name__}: its forward has no gradient, so it cannot be trained: {error}"
-        ) from error
     finally:
         hook.remove()
 
@@ -218,7 +226,7 @@ def _unpackable(
         packed = model.hidden(batch)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except BROKEN as error:
         model.pack(False)
         return f"cannot run packed sequences: {error}"
     difference = difference_of(packed, wanted)

@@ -92,7 +92,7 @@ def pads_exactly(model: PreTrainedModel) -> bool:
             found = _first_logits(model, together, seen)[:1]
             with last_digits(model):
                 noise = difference_of(_first_logits(model, alone, torch.ones_like(alone)), wanted)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # of its own code
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError):
         return False
     finally:
         model.train(training)
