@@ -162,8 +162,12 @@ def draw_pairs(
         batch = [list(ids) for ids in prompts[start : start + batch_size]]
         draws = [
             sample(
-                model, tokenizer, batch,
-                max_new_tokens=max_new_tokens, temperature=1.0, padded=padded,
+                model,
+                tokenizer,
+                batch,
+                max_new_tokens=max_new_tokens,
+                temperature=1.0,
+                padded=padded,
             )
             for _ in range(2)
         ]
