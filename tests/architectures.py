@@ -80,9 +80,15 @@ PERIOD = {"attn_layer_period": 2, "attn_layer_offset": 1}
 # Fields that no name tells.
 OWN: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1]},
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "ernie4_5_moe": {"moe_k": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": HYBRID,
     "hunyuan_v1_dense": HEAD,
     "hunyuan_v1_moe": HEAD,
@@ -108,7 +114,7 @@ def shrunk(config: PreTrainedConfig, own: dict) -> dict:
     lists = {k: v for k, v in default.items() if isinstance(v, list | tuple) and len(v) == count}
     lists = {k: v for k, v in lists.items() if k in PER_LAYER.split() or k.endswith("layer_types")}
     for name, value in default.items():
-        inner = getattr(config, name, None)
+        inner = vars(config).get(name)
         if isinstance(inner, PreTrainedConfig):
             fields[name] = type(inner)(**shrunk(inner, {}))
         elif name in SMALL and (value is not None or name.endswith("token_id")):
@@ -151,9 +157,9 @@ class Row(NamedTuple):
 def measure(kind: str) -> Row:
     """Train a step of a tiny model by the trainer and by its own logits, a sequence at a time."""
     try:
-        model = tiny(kind)
+        tiny(kind)(input_ids=torch.arange(8)[None], use_cache=False)
+        model = tiny(kind)  # a forward may change it
         model.config.use_cache = False
-        model(input_ids=torch.arange(8)[None], use_cache=False)
     except Exception as error:  # of a config that these sizes do not fit, or a missing package
         return Row(kind, "not built", None, f"{type(error).__name__}: {error}")
     pairs, reference = tiny_split(PAIRS).pairs, shifted_reference(PAIRS)

@@ -78,6 +78,16 @@ def without_cache(model: PreTrainedModel) -> dict[str, bool]:
     return {"use_cache": False} if takes else {}
 
 
+def quiet(model: nn.Module) -> None:
+    """Evaluation mode, in which no noise is left.
+
+    Modules with packed 4-bit weights have none, and would be repacked for a CPU's inference.
+    """
+    for module in model.modules():
+        packed = any(not p.is_floating_point() for p in module.parameters(recurse=False))
+        module.training = packed
+
+
 def checkpoint_layers(model: PreTrainedModel) -> None:
     """Let backward compute every layer again instead of keeping its activations.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rpo_kernels import RPOOutput, fused_rpo_loss
-from trainer.backbone import without_cache
+from trainer.backbone import quiet, without_cache
 from trainer.config import InputError
 
 TOKENS = 4  # rows of the measurement
@@ -97,7 +97,8 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
 def measure_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     """Scale and softcap that a model's forward applies to lm_head's output; (1.0, None) is nothing.
 
-    The model may be without numbers, on the meta device: lm_head's output is replaced.
+    The model may be without numbers, on the meta device: lm_head's output is replaced. It is in
+    evaluation mode afterwards.
 
     Raises:
         InputError: the logits are another function of lm_head's output.
@@ -107,12 +108,11 @@ def measure_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     values = _known_values((1, TOKENS, head.out_features)).to(device)
     hook = head.register_forward_hook(lambda _head, _args, _output: values.clone())
     ids = torch.arange(TOKENS, device=head.weight.device)[None]
-    training = model.training
+    quiet(model)
     try:
-        logits = model.eval()(input_ids=ids, **without_cache(model)).logits
+        logits = model(input_ids=ids, **without_cache(model)).logits
     finally:
         hook.remove()
-        model.train(training)
     name = type(model).__name__
     if logits.shape != values.shape:
         raise InputError(

@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rpo_kernels import RPOOutput, fused_rpo_loss
 from trainer.attention import NAME as ATTENTION
 from trainer.attention import packs
-from trainer.backbone import run_to_head
+from trainer.backbone import quiet, run_to_head
 from trainer.config import InputError, RunConfig
 from trainer.packing import Batch
 from trainer.router import balance_loss
@@ -97,7 +97,7 @@ class PreferenceModel(nn.Module):
 
     def train(self, mode: bool = True) -> PreferenceModel:
         """Training mode for adapters alone, whose dropout is trained with."""
-        super().train(False)
+        quiet(self)
         self.training = mode
         for layer in self.modules():
             if isinstance(layer, BaseTunerLayer):

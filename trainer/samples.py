@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from trainer.backbone import quiet
 from trainer.config import RunConfig
 from trainer.fit import check_answers
 from trainer.pairs import IGNORE, Pair, Split
@@ -84,8 +85,8 @@ def pads_exactly(model: PreTrainedModel) -> bool:
     together = torch.tensor([[0] * (len(long) - len(short)) + short, long], device=model.device)
     seen = torch.ones_like(together)
     seen[0, : len(long) - len(short)] = 0
-    alone, training = together[:1, -len(short) :], model.training
-    model.eval()
+    alone = together[:1, -len(short) :]
+    quiet(model)
     try:
         with in_float32(model):
             wanted = _first_logits(model, alone, torch.ones_like(alone))
@@ -94,8 +95,6 @@ def pads_exactly(model: PreTrainedModel) -> bool:
                 noise = difference_of(_first_logits(model, alone, torch.ones_like(alone)), wanted)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError):
         return False
-    finally:
-        model.train(training)
     return difference_of(found, wanted) <= MARGIN * noise
 
 
