@@ -9,47 +9,16 @@ their ratios with the required ones.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from benchmarks.end_to_end import BASE
 from benchmarks.environment import ROOT
+from benchmarks.records import load, median, number, ratio
 from benchmarks.run import RESULTS
+from benchmarks.targets import compare
+from benchmarks.trl_integration import BASE as TRL_BASE
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
-CASES = ("gpu", "table", "scaling", "end_to_end")
-
-
-def load(folder: Path, smoke: bool = False) -> dict[tuple[str, str], dict]:
-    """The newest results of every (case, device)."""
-    newest: dict[tuple[str, str], dict] = {}
-    for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
-        if found.get("schema") != 1 or found.get("smoke", False) != smoke:
-            continue
-        key = (found["case"], found["device"]["name"])
-        if key not in newest or found["date"] >= newest[key]["date"]:
-            newest[key] = found | {"file": path.name}
-    return dict(sorted(newest.items(), key=lambda item: (CASES.index(item[0][0]), item[0][1])))
-
-
-def median(run: dict, name: str) -> float | None:
-    """Median seconds of an implementation, None if it was not timed."""
-    return run["results"].get(name, {}).get("seconds", {}).get("median")
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Significant digits without an exponent; a dash for nothing."""
-    if value is None:
-        return "–"
-    if value and abs(value) < 10 ** -(digits + 1):
-        return f"{value:.1e}"
-    text = f"{value:.{digits}g}"
-    return f"{value:.0f}" if "e" in text else text
-
-
-def ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
@@ -276,6 +245,35 @@ def end_to_end_section(document: dict) -> str:
     return "\n\n".join([intro, grid(head, rows), provenance(document, how)])
 
 
+def trl_section(document: dict) -> str:
+    """Our head in TRL's trainers."""
+    settings, rows = document["settings"], []
+    for dtype, runs in document["runs"].items():
+        for name, run in runs.items():
+            label = f"{name}, {dtype}"
+            if run["status"] != "ok":
+                rows.append([label, run["status"], *["–"] * 4])
+                continue
+            base = runs[TRL_BASE]
+            rows.append(
+                [
+                    label if name == TRL_BASE else f"**{label}**",
+                    number(run["median_s"]),
+                    number(run["median_s"] / base["median_s"]),
+                    number(run["peak_bytes"] / 1e9),
+                    number(run["peak_bytes"] / base["peak_bytes"]),
+                    number(run["difference"], 2) + ("" if run["agrees"] else " (disagrees)"),
+                ]
+            )
+    head = ["trainer", "s / step", "of TRL", "peak GB", "of TRL", "losses, gradient against TRL"]
+    how = (
+        f"{settings['pairs']} pairs a step cut to {settings['max_length']} tokens, "
+        f"{settings['steps'] - 1} timed steps of SmolLM2-135M, a process each"
+    )
+    intro = "TRL's own trainer, the same on our head, and `RPOTrainer`: whole steps, same losses."
+    return "\n\n".join([intro, grid(head, rows), provenance(document, how)])
+
+
 def plot_name(document: dict) -> str:
     return f"{document['case']}-{document['device']['kind']}.png"
 
@@ -284,7 +282,7 @@ def section(documents: dict[tuple[str, str], dict]) -> str:
     """The whole text between the markers."""
     parts = []
     writers = {"table": table_section, "gpu": gpu_section, "scaling": scaling_section}
-    writers["end_to_end"] = end_to_end_section
+    writers |= {"end_to_end": end_to_end_section, "trl_integration": trl_section}
     for (case, _), document in documents.items():
         if document["runs"]:
             parts.append(writers[case](document))
@@ -314,8 +312,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--write: smoke results are no figures for README")
     documents = load(a.results, a.smoke)
     if a.targets:
-        from benchmarks.targets import compare
-
         return 0 if compare(documents) else 1
     text = section(documents)
     old = a.readme.read_text() if a.readme.exists() else ""
@@ -327,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks.plots import draw
 
     for (case, _), document in documents.items():
-        if case != "end_to_end":
+        if case not in ("end_to_end", "trl_integration"):
             draw(document, a.results / plot_name(document))
     if not a.write or new is None:
         print(text)

@@ -5,7 +5,7 @@ The limits are requirements, not results: nothing here reaches README.
 
 from __future__ import annotations
 
-from benchmarks.report import median, number, ratio
+from benchmarks.records import median, number, ratio
 
 EXACT, SKIP = "auto", "auto_skip"
 CPU = {  # dtype -> (ours, peer, head, limit)

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     end_to_end,
     memory,
     plots,
@@ -25,9 +25,9 @@ from benchmarks import (  # noqa: E402
     targets,
     truth,
 )
-from benchmarks.cases import Spec, build, specs_of  # noqa: E402
-from benchmarks.measure import Settings  # noqa: E402
-from benchmarks.peers import (  # noqa: E402
+from benchmarks.cases import Spec, build, specs_of
+from benchmarks.measure import Settings
+from benchmarks.peers import (
     IMPLEMENTATIONS,
     Implementation,
     Unavailable,

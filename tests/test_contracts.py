@@ -13,19 +13,22 @@ from support import (
     FLOATS,
     Problem,
     assert_close_bits,
-    assert_same_within_rounding,
     assert_within_plain_budget,
     differentiate,
     double,
+    exact_logprobs,
+    loss_budget,
     one_thread,
     pairs,
+    plain_logprobs,
     plain_rpo_loss,
     tokens,
     workspace_for,
 )
 
-from rpo_kernels import api, fused_preference_loss, fused_rpo_loss, linear_logprobs, ops, reference
+from rpo_kernels import fused_preference_loss, fused_rpo_loss, linear_logprobs, ops, oracle
 from rpo_kernels.engines import recompute, streaming
+from rpo_kernels.strategy import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
 
 ROOT = Path(__file__).parent.parent
 STRATEGIES = ("recompute", "stream")
@@ -241,7 +244,11 @@ def under_autocast(function):
 @pytest.mark.parametrize("kind", ["logprobs", *STRATEGIES])
 @pytest.mark.parametrize("panels", [False, True], ids=["whole", "panels"])
 def test_autocast_is_the_bfloat16_computation(kind, hidden_dtype, panels):
-    """float32 weights under bf16 autocast: the bf16 computation, with float32 gradients."""
+    """float32 weights under bf16 autocast: the bf16 computation, with float32 gradients.
+
+    Not to the bit: sums may be split where the cast panels end. The sequences' sums come as close
+    to the truth as those of bf16 operands do, and no closer.
+    """
     half = pairs(8, count=3, dtype=torch.bfloat16)
     run = {"max_workspace_mb": workspace_for(9, half)} if panels else {}
     function = logprobs(**run) if kind == "logprobs" else rpo(strategy=kind, eta=0.1, **run)
@@ -249,21 +256,29 @@ def test_autocast_is_the_bfloat16_computation(kind, hidden_dtype, panels):
     found = differentiate(under_autocast(function), wide)
     assert found["out"].dtype == found["weight"].dtype == torch.float32
     assert found["hidden"].dtype == hidden_dtype
-    want = differentiate(function, half)
-    # the same roundings of the operands; sums may be split where the cast panels end
-    assert_same_within_rounding({"out": found["out"]}, {"out": want["out"]}, rounds=64)
-    rounded = {name: found[name].bfloat16() for name in ("hidden", "weight")}
-    if not panels:
-        assert_same_within_rounding(rounded, {name: want[name] for name in rounded}, rounds=1)
-    truth_function = {"logprobs": reference.linear_logprobs}.get(kind)
-    if truth_function is None:
-        options = {"eta": 0.1}
-        truth = differentiate(
-            lambda p: reference.rpo_loss(*p[:3], p.ref_logps, **options), double(half)
-        )
-        plain = differentiate(lambda p: plain_rpo_loss(*p[:3], p.ref_logps, **options), half)
-        del truth["out"], plain["out"]
-        assert_within_plain_budget(rounded, plain, truth)
+
+    def other(function, p):
+        if kind == "logprobs":
+            return differentiate(lambda p: function(p.hidden, p.weight, p.labels), p)
+        return differentiate(lambda p: function(*p[:3], p.ref_logps, eta=0.1), p)
+
+    plain = other(plain_logprobs if kind == "logprobs" else plain_rpo_loss, half)
+    truth = other(oracle.linear_logprobs if kind == "logprobs" else oracle.rpo_loss, double(half))
+    rounded = found | {name: found[name].bfloat16() for name in ("hidden", "weight")}
+    if kind != "logprobs":
+        gap = abs(rounded.pop("out") - truth.pop("out"))
+        assert gap <= loss_budget(half, eta=0.1)
+        del plain["out"]
+    assert_within_plain_budget(rounded, plain, truth)
+
+    def sums(p):
+        if kind == "logprobs":
+            return function(p).sum(1)
+        return torch.cat(fused_rpo_loss(*p[:3], p.ref_logps, strategy=kind, **run)[3:5])
+
+    cast, own, exact = under_autocast(sums)(wide), sums(half), exact_logprobs(half).sum(1)
+    assert_within_plain_budget({"sums": cast}, {"sums": own}, {"sums": exact})
+    assert_within_plain_budget({"sums": own}, {"sums": cast}, {"sums": exact})
 
 
 def test_without_autocast_dtypes_must_agree():
@@ -421,4 +436,4 @@ def test_auto_on_cpu_is_the_torch_backend():
     assert_close_bits(
         differentiate(rpo(backend="auto"), problem), differentiate(rpo(backend="torch"), problem)
     )
-    assert api.CPU_WORKSPACE_MB == 512 and api.GPU_WORKSPACE_MB == 1024  # as documented
+    assert CPU_WORKSPACE_MB == 512 and GPU_WORKSPACE_MB == 1024  # as documented

@@ -1,4 +1,4 @@
-"""`fused_preference_loss`: a loss of one's own runs on both engines and under the compiler."""
+"""`fused_preference_loss`: a custom loss runs on both engines and under the compiler."""
 
 from __future__ import annotations
 
@@ -6,21 +6,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import (
+    FLOATS,
     IGNORE,
     Problem,
+    Result,
     assert_close_bits,
-    assert_same_within_rounding,
+    assert_within_bounds,
+    assert_within_plain_budget,
+    assert_within_roundings,
     differentiate,
     double,
     exact_logprobs,
+    loss_bounds,
+    loss_budget,
+    loss_of_logps,
     one_thread,
     pack,
     pairs,
+    plain_rpo_loss,
     poisoned_memory,
+    token_budgets,
+    value_budget,
     workspace_for,
 )
 
-from rpo_kernels import fused_preference_loss, fused_rpo_loss
+from rpo_kernels import fused_preference_loss, oracle
 
 STRATEGIES = ("recompute", "stream")
 
@@ -48,36 +58,33 @@ def mine(loss_fn, **options):
     )[0]
 
 
+def assert_is_rpo(found: Result, problem: Problem) -> None:
+    """The value and gradients of `rpo`, within the budgets of `fused_rpo_loss` with eta = 0.2."""
+    options = {"eta": 0.2}
+
+    def loss(function):
+        return lambda p: function(*p[:3], p.ref_logps, bias=p.bias, **options)
+
+    truth = differentiate(loss(oracle.rpo_loss), double(problem))
+    if problem.hidden.dtype == torch.float64:
+        bounds = loss_bounds(problem, lambda x: loss_of_logps(x, problem, **options))
+        assert_within_bounds(found, truth, bounds)
+        return
+    if "out" in found:
+        assert abs(found["out"].double() - truth["out"]) <= loss_budget(problem, **options)
+    plain = differentiate(loss(plain_rpo_loss), problem)
+    names = found.keys() - {"out"}
+    assert_within_plain_budget(*({name: x[name] for name in names} for x in (found, plain, truth)))
+
+
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "auto"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("rows", [1000, 50, 9], ids=["whole", "grouped", "split"])
-def test_a_users_rpo_is_fused_rpo_loss(rows, dtype, strategy):
-    """Same engine, same loss: the two public functions agree to the rounding of a pair's sums."""
+def test_a_users_rpo_is_rpo(rows, dtype, strategy):
+    """Written in Python or built in: the same loss."""
     problem = pairs(1, count=4, dtype=dtype, bias=True)
     run = {"strategy": strategy, "max_workspace_mb": workspace_for(rows, problem)}
-    found = differentiate(mine(rpo(problem.ref_logps), **run), problem)
-
-    def theirs(p: Problem):
-        return fused_rpo_loss(
-            p.hidden, p.weight, p.labels, p.ref_logps, bias=p.bias, eta=0.2, **run
-        ).loss
-
-    assert_same_within_rounding(found, differentiate(theirs, problem))
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_against_the_truth_in_float64(strategy):
-    problem = pairs(2, count=4, dtype=torch.float64, bias=True)
-    function = rpo(problem.ref_logps)
-
-    def truth(p: Problem):
-        sums = exact_logprobs(p).sum(1).view(2, -1)
-        counts = (p.labels != IGNORE).sum(1).view(2, -1)
-        return function(sums, counts, torch.arange(4)).mean()
-
-    run = {"strategy": strategy, "max_workspace_mb": workspace_for(9, problem)}
-    found = differentiate(mine(function, **run), problem)
-    assert_same_within_rounding(found, differentiate(truth, double(problem)), rounds=64)
+    assert_is_rpo(differentiate(mine(rpo(problem.ref_logps), **run), problem), problem)
 
 
 @pytest.mark.parametrize("rows", [1000, 50, 9], ids=["whole", "grouped", "split"])
@@ -85,14 +92,15 @@ def test_against_the_truth_in_float64(strategy):
 def test_what_the_function_is_given(strategy, rows):
     """Summed log-probs, counts, and which pairs they are: every pair exactly once, in order."""
     problem = pairs(3, count=4, dtype=torch.float64)
-    sums = exact_logprobs(problem).sum(1).view(2, -1)
+    exact, errors = exact_logprobs(problem), token_budgets(problem)
+    sums, off = exact.sum(1).view(2, -1), errors.sum(1).view(2, -1)
     counts = (problem.labels != IGNORE).sum(1).view(2, -1)
     seen = []
 
     def spy(logps, tokens, index):
         assert logps.shape == tokens.shape == (2, len(index)) and index.dtype == torch.int64
         assert logps.dtype == tokens.dtype == torch.float64
-        torch.testing.assert_close(logps.detach(), sums[:, index])
+        assert ((logps.detach() - sums[:, index]).abs() <= off[:, index]).all()
         assert torch.equal(tokens, counts[:, index].double())
         seen.extend(index.tolist())
         return -logps[0] / tokens[0]
@@ -101,10 +109,11 @@ def test_what_the_function_is_given(strategy, rows):
     leaf = problem.hidden.clone().requires_grad_()
     loss, logps = fused_preference_loss(leaf, problem.weight, problem.labels, spy, **run)
     assert seen == [0, 1, 2, 3]
-    torch.testing.assert_close(logps, sums)
+    assert ((logps - sums).abs() <= off).all()
     assert logps.shape == (2, 4) and not logps.requires_grad
     assert loss.shape == () and loss.requires_grad
-    torch.testing.assert_close(loss.detach(), (-sums[0] / counts[0]).mean())
+    budget = value_budget(lambda x: (-x[:4].sum(1) / counts[0]).mean(), errors, exact)
+    assert abs(loss.detach() - (-sums[0] / counts[0]).mean()) <= budget
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -114,7 +123,8 @@ def test_num_pairs_layouts_and_upstream(strategy):
     function, run = rpo(problem.ref_logps), {"strategy": strategy}
     whole = differentiate(mine(function, **run), problem)
     third = differentiate(lambda p: 3 * mine(function, num_pairs=9, **run)(p), problem)
-    assert_same_within_rounding(third, whole, rounds=16)
+    for found in (third, whole):
+        assert_is_rpo(found, problem)
     flat = differentiate(mine(function, cu_seqlens=ends, **run), packed)
     assert torch.equal(flat["out"], whole["out"]) and torch.equal(flat["weight"], whole["weight"])
 
@@ -179,7 +189,8 @@ def test_what_skipping_leaves_out(tolerance, strategy):
     exact = differentiate(mine(losses, strategy=strategy), problem)["hidden"]
     found = differentiate(mine(losses, strategy=strategy, grad_tolerance=tolerance), problem)
     missing = (found["hidden"] - exact).abs().sum() / exact.abs().sum()
-    assert 0 < missing <= tolerance * (1 + 1e-9)
+    terms = exact.numel() + vocab  # in either sum
+    assert 0 < missing <= tolerance * (1 + terms * torch.finfo(torch.float64).eps)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -254,26 +265,26 @@ def test_a_loss_runs_outside_autocast(strategy):
             problem.hidden, problem.weight, problem.labels, margins, strategy=strategy
         )
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, -0.01 * (logps[0] - logps[1]).mean())
+    want, size = -0.01 * (logps[0] - logps[1]).double().mean(), 0.01 * logps.abs().sum(0).mean()
+    assert_within_roundings(loss, want, 6, size)  # of two products, a product, a mean of three
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_batched_upstream_gradients(strategy):
     hidden, loss = leaf_and_loss(14, strategy)
-    (one,) = torch.autograd.grad(loss, hidden, retain_graph=True)
-    upstream = torch.tensor([[1.0], [3.0]])
+    upstream, problem = torch.tensor([[1.0], [3.0]]), pairs(14)
     (two,) = torch.autograd.grad(loss[None], hidden, upstream, is_grads_batched=True)
-    torch.testing.assert_close(two, torch.stack([one, 3 * one]))
+    for factor, grad in zip((1, 3), two, strict=True):
+        assert_is_rpo({"hidden": grad / factor}, problem)
 
 
-def test_compiled_it_recomputes_and_equals_eager():
+def test_compiled_it_recomputes_and_is_the_same_loss():
     """A Python function cannot be an operator's argument: "auto" recomputes, fullgraph."""
     problem = pairs(10)
     function = rpo(problem.ref_logps)
     torch.compiler.reset()
     compiled = torch.compile(mine(function), fullgraph=True, backend="aot_eager")
-    eager = differentiate(mine(function, strategy="recompute"), problem)
-    assert_same_within_rounding(differentiate(compiled, problem), eager)
+    assert_is_rpo(differentiate(compiled, problem), problem)
 
 
 def test_compiled_an_explicit_stream_raises():

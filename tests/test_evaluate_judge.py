@@ -19,8 +19,8 @@ from trainer.evaluate import main
 
 pytest.importorskip("openai", reason="pip install 'rpo-kernels[eval]'")
 
-from trainer.evaluation.judge import Judge, judge  # noqa: E402
-from trainer.evaluation.winrate import winrate  # noqa: E402
+from trainer.evaluation.judge import Judge, judge
+from trainer.evaluation.winrate import winrate
 
 
 class Endpoint(ThreadingHTTPServer):

@@ -11,10 +11,20 @@ import torch
 
 pytest.importorskip("scipy", reason="pip install 'rpo-kernels[eval]'")
 
-from trainer.experiments import bandit  # noqa: E402
-from trainer.experiments.bandit import Setting, draw_pairs, grid, train, true_reward  # noqa: E402
-from trainer.experiments.bandit_report import by_setting, claim, report  # noqa: E402
-from trainer.experiments.maximin import (  # noqa: E402
+from benchmarks.experiments import bandit
+from benchmarks.experiments.bandit_report import (
+    by_setting,
+    claim,
+    report,
+)
+from benchmarks.experiments.bandit_world import (
+    Setting,
+    draw_pairs,
+    grid,
+    train,
+    true_reward,
+)
+from benchmarks.experiments.maximin import (
     duality_gap,
     random_instance,
     rpo_policy,
@@ -99,7 +109,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # it is imported already
-        runpy.run_module("trainer.experiments.bandit", run_name="__main__")
+        runpy.run_module("benchmarks.experiments.bandit", run_name="__main__")
     assert "Bonferroni" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "bandit.json").read_text())["settings"]) == 90
 

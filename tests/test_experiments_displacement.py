@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from benchmarks.experiments import arithmetic, displacement
+from benchmarks.experiments.displacement import METHODS, SFT_ALONE, Experiment
+from benchmarks.experiments.displacement_report import curves, report
 from tests.trainer_tiny import save_tiny
 from trainer.evaluation.models import Source
-from trainer.experiments import arithmetic, displacement
-from trainer.experiments.displacement import METHODS, SFT_ALONE, Experiment
-from trainer.experiments.displacement_report import curves, report
 
 
 def test_questions_differ_and_a_longer_list_only_appends():

@@ -1,4 +1,4 @@
-"""`linear_logprobs`: values and gradients against float64, within the budget of design section 5.1.
+"""`linear_logprobs`: values and gradients against float64, within the plain budget (`support`).
 
 Memory that `torch.empty` returns is poisoned with NaN throughout.
 """
@@ -18,9 +18,9 @@ from support import (
     Problem,
     accumulator,
     assert_close_bits,
-    assert_same_within_rounding,
     assert_within_bounds,
     assert_within_plain_budget,
+    assert_within_roundings,
     differentiate,
     double,
     exact_logprobs,
@@ -34,7 +34,7 @@ from support import (
     workspace_for,
 )
 
-from rpo_kernels import fused_preference_loss, linear_logprobs, ops, reference
+from rpo_kernels import fused_preference_loss, linear_logprobs, ops, oracle
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,7 +59,7 @@ def three_ways(problem: Problem, ours: dict | None = None, **options):
     return (
         differentiate(call(linear_logprobs, **options, **(ours or {})), problem, upstream),
         differentiate(call(plain_logprobs, **options), problem, upstream),
-        differentiate(call(reference.linear_logprobs, **options), double(problem), upstream),
+        differentiate(call(oracle.linear_logprobs, **options), double(problem), upstream),
     )
 
 
@@ -121,7 +121,7 @@ def test_a_tiny_workspace_changes_rounding_only(dtype, workspace):
     found, plain, truth = three_ways(problem, {"max_workspace_mb": workspace}, logit_softcap=20.0)
     assert_within_plain_budget(found, plain, truth)
     large = differentiate(call(linear_logprobs, logit_softcap=20.0), problem, upstream_for(problem))
-    assert_same_within_rounding(found, large)
+    assert_within_plain_budget(large, plain, truth)
 
 
 SHAPES = st.tuples(st.integers(0, 9), st.integers(1, 40), st.integers(1, 300))
@@ -158,7 +158,7 @@ def test_any_labels(data):
     upstream = upstream_for(problem)
     found = differentiate(call(linear_logprobs, ignore_index=ignore), problem, upstream)
     masked = problem._replace(labels=torch.where(labels == ignore, IGNORE, labels))
-    truth = differentiate(call(reference.linear_logprobs), masked, upstream)
+    truth = differentiate(call(oracle.linear_logprobs), masked, upstream)
     assert_within_bounds(found, truth, rounding_bounds(masked, upstream))
     assert (found["out"][labels == ignore] == 0).all()
 
@@ -168,7 +168,7 @@ def test_any_leading_shape(shape):
     problem = tokens(5, shape, 16, 33, torch.float64, ignored=0.2)
     upstream = upstream_for(problem)
     found = differentiate(call(linear_logprobs), problem, upstream)
-    truth = differentiate(call(reference.linear_logprobs), problem, upstream)
+    truth = differentiate(call(oracle.linear_logprobs), problem, upstream)
     assert found["out"].shape == shape and found["hidden"].shape == (*shape, 16)
     assert_within_bounds(found, truth, rounding_bounds(problem, upstream))
 
@@ -206,9 +206,10 @@ def test_non_contiguous_labels_and_strided_weight():
     assert_close_bits(given, dense)
     leaf = wide.detach().requires_grad_()
     (grad,) = torch.autograd.grad(linear_logprobs(problem.hidden, leaf, labels).sum(), leaf)
-    dense = problem.weight.clone().requires_grad_()
-    (want,) = torch.autograd.grad(linear_logprobs(problem.hidden, dense, labels).sum(), dense)
-    assert_same_within_rounding({"weight": grad}, {"weight": want})
+    ones = torch.ones(labels.shape)
+    plain = differentiate(call(plain_logprobs), problem, ones)["weight"]
+    truth = differentiate(call(oracle.linear_logprobs), double(problem), ones)["weight"]
+    assert_within_plain_budget({"weight": grad}, {"weight": plain}, {"weight": truth})
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -287,7 +288,7 @@ def test_rows_without_upstream_gradient(monkeypatch):
     monkeypatch.setattr(torch_backend, "exp_panel", spy)
     found = differentiate(call(linear_logprobs), problem, upstream)
     assert max(seen) == 30
-    truth = differentiate(call(reference.linear_logprobs), problem, upstream)
+    truth = differentiate(call(oracle.linear_logprobs), problem, upstream)
     assert_within_bounds(found, truth, rounding_bounds(problem, upstream))
     assert (found["hidden"][10:40] == 0).all()
     nothing = differentiate(call(linear_logprobs), problem, torch.zeros(60))
@@ -316,10 +317,10 @@ def test_rows_of_very_different_weight_keep_their_own_precision(dtype):
     problem = tokens(14, (26,), 48, 511, dtype, ignored=0)
     upstream = 10.0 ** -torch.arange(26).double().div(2 if dtype != torch.float16 else 8)
     found = differentiate(call(linear_logprobs), problem, upstream)["hidden"]
-    truth = differentiate(call(reference.linear_logprobs), double(problem), upstream)["hidden"]
+    truth = differentiate(call(oracle.linear_logprobs), double(problem), upstream)["hidden"]
     errors = [relative_error(a, b) for a, b in zip(found, truth, strict=True)]
     ones = differentiate(call(plain_logprobs), problem)["hidden"]
-    base = differentiate(call(reference.linear_logprobs), double(problem))["hidden"]
+    base = differentiate(call(oracle.linear_logprobs), double(problem))["hidden"]
     plain = [relative_error(a, b) for a, b in zip(ones, base, strict=True)]
     for error, own in zip(errors, plain, strict=True):
         assert error <= 2 * max(plain) + torch.finfo(dtype).eps, (error, own)
@@ -351,15 +352,24 @@ def test_a_bad_row_only_affects_itself(bad):
 def test_a_bad_row_keeps_its_block_whole(bad):
     """Skipping cannot judge a block with a NaN: all of it is kept, and its other rows are exact."""
     problem = tokens(18, (300,), 16, 600, ignored=0)
+    others = [row for row in range(256) if row != 7]
+    one = torch.ones(300)
+    plain, truth = (
+        differentiate(call(function), p, one)["hidden"][others]
+        for function, p in (
+            (plain_logprobs, problem),
+            (oracle.linear_logprobs, double(problem)),
+        )
+    )
     problem.hidden[7] = bad
     problem.labels[7] = 3
     exact, found = (
         differentiate(call(linear_logprobs, grad_tolerance=tau), problem)["hidden"]
         for tau in (0.0, 0.01)
     )
-    others = [row for row in range(256) if row != 7]
     assert exact[7].isnan().any() and found[7].isnan().any()
-    torch.testing.assert_close(found[others], exact[others])
+    for rows in (exact[others], found[others]):
+        assert_within_plain_budget({"hidden": rows}, {"hidden": plain}, {"hidden": truth})
     assert not torch.equal(found[256:], exact[256:]) and found[256:].isfinite().all()
 
 
@@ -435,7 +445,7 @@ def test_float16_matmuls_do_not_overflow_where_the_gradient_fits():
     upstream = torch.full((4096,), 1 / 4096).double()
     found = differentiate(call(linear_logprobs), problem, upstream)
     plain = differentiate(call(plain_logprobs), problem, upstream)
-    truth = differentiate(call(reference.linear_logprobs), double(problem), upstream)
+    truth = differentiate(call(oracle.linear_logprobs), double(problem), upstream)
     assert plain["weight"].isfinite().all()
     assert_within_plain_budget(found, plain, truth)
 
@@ -464,12 +474,15 @@ def test_float16_sums_of_large_channels_do_not_overflow(size, way):
         return loss[0]
 
     found = differentiate(run, problem)
-    truth = differentiate(functools.partial(run, logps=reference.linear_logprobs), double(problem))
+    truth = differentiate(functools.partial(run, logps=oracle.linear_logprobs), double(problem))
     plain = differentiate(functools.partial(run, logps=plain_logprobs), problem)
     assert 100 < truth["weight"].abs().max() < 60000
-    for name in ("hidden", "weight"):
+    # skipping leaves out that share of the L1 mass of dlogits, at most 2 a token that counts
+    mass = options.get("grad_tolerance", 0) * 2 * 2 * 512 / count
+    for name, factor in (("hidden", problem.weight), ("weight", problem.hidden)):
         error, own = (relative_error(x[name], truth[name]) for x in (found, plain))
-        assert error < (0.01 if options else 2 * own + torch.finfo(torch.float16).eps), name
+        skipped = mass * factor.double().norm(dim=-1).max() / truth[name].norm()
+        assert error <= 2 * own + torch.finfo(torch.float16).eps + skipped, name
 
 
 def test_masked_vocabulary_entries():
@@ -477,13 +490,15 @@ def test_masked_vocabulary_entries():
     problem = tokens(20, (25,), 16, 700, ignored=0)
     problem = problem._replace(labels=problem.labels % 600, bias=torch.zeros(700))
     small = Problem(problem.hidden, problem.weight[:600], problem.labels, torch.zeros(600))
-    want = differentiate(call(linear_logprobs), small)
+    plain = differentiate(call(plain_logprobs), small)
+    truth = differentiate(call(oracle.linear_logprobs), double(small))
     off = problem.bias.clone()
     off[600:] = -1e30
     found = differentiate(call(linear_logprobs), problem._replace(bias=off))
-    assert (found["weight"][600:].abs() < 1e-20).all()
+    # at most what the panel's smallest probability, exp(-60), makes of them
+    assert (found["weight"][600:].abs() <= math.exp(-60) * problem.hidden.abs().sum(0)).all()
     found["weight"], found["bias"] = found["weight"][:600], found["bias"][:600]
-    assert_same_within_rounding(found, want)
+    assert_within_plain_budget(found, plain, truth)
 
 
 def test_backward_uses_only_what_it_needs(monkeypatch):
@@ -506,4 +521,5 @@ def test_exact_logprobs_of_a_uniform_head():
     """Closed value: with zero hidden every token costs log V."""
     problem = tokens(22, (7,), 8, 50, ignored=0)
     out = linear_logprobs(torch.zeros_like(problem.hidden), problem.weight, problem.labels)
-    assert torch.allclose(out, torch.full((7,), -math.log(50)), rtol=2e-7, atol=0)
+    # fifty ones are exact; then a logarithm, a change of base, a difference
+    assert_within_roundings(out, torch.full((7,), -math.log(50), dtype=torch.float64), 3)

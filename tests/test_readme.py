@@ -1,12 +1,16 @@
 """README stays true: its Python runs, its commands exist, its links lead somewhere."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,7 +23,7 @@ def blocks(language: str) -> list[str]:
 def test_python_examples_run():
     ran = 0
     for block in blocks("python"):
-        if "# before" in block:  # the comparison at the top is not a program
+        if "# before" in block or ".integrations." in block:  # no program; run by their own tests
             continue
         scope: dict = {}
         exec(compile(block, "README.md", "exec"), scope)
@@ -37,10 +41,72 @@ def test_plan_command_runs():
     assert "stream" in result.stdout and "fits" in result.stdout
 
 
-def test_the_two_commands_are_marked_for_ci():
-    for name, last in (("train", "accelerate launch trainer/run.py"), ("test", "pytest")):
-        found = re.search(rf"<!-- command: {name} -->\n```bash\n(.*?)```", README, re.DOTALL)
-        assert found and found.group(1).strip().endswith(last)
+def command(name: str) -> str:
+    """The code block that follows the marker that `.ci/run` looks for."""
+    found = re.search(rf"<!-- command: {name} -->\n```bash\n(.*?)```", README, re.DOTALL)
+    assert found, name
+    return found.group(1).strip().replace("\\\n", "")
+
+
+COMMANDS = {"train": "accelerate launch trainer/run.py", "test": "pytest"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_two_commands_are_marked_for_ci(name):
+    assert command(name).endswith(COMMANDS[name])
+
+
+def installs(name: str) -> list[list[str]]:
+    """The words after `pip install`, of each of a command's."""
+    steps = [shlex.split(step) for step in command(name).split("&&")]
+    return [words[2:] for words in steps if words[:2] == ["pip", "install"]]
+
+
+def constraints() -> dict[str, Requirement]:
+    lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in pins}
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """What pyproject.toml asks for, its own extras followed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = [Requirement(line) for line in project["dependencies"]]
+    for extra in extras:
+        for one in map(Requirement, project["optional-dependencies"][extra]):
+            found += requirements(*one.extras) if one.name == project["name"] else [one]
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_two_commands_install_what_was_tested(name):
+    """Every package they name is held to one version, and one that pyproject.toml allows."""
+    pins, words = constraints(), installs(name)
+    asked = [Requirement(word) for line in words for word in line if "==" in word]
+    for line in words:
+        assert line[:2] == ["-c", ".ci/constraints.txt"] or line[0] == "--no-deps"
+        if "-e" in line:
+            asked += requirements(*Requirement(f"rpo-kernels{line[-1].removeprefix('.')}").extras)
+    assert len(asked) > 10
+    for one in asked:
+        (pin,) = pins[canonicalize_name(one.name)].specifier
+        assert pin.operator == "==" and one.specifier.contains(pin.version), one
+    assert not [pin for pin in pins.values() if "+" in str(pin.specifier)]  # no local build
+
+
+def test_the_newest_releases_are_tried_by_the_same_commands():
+    """`.ci/newest` edits README's commands: no constraints, another environment, any torch."""
+
+    def shown(*words: str) -> str:
+        run = {"cwd": ROOT, "env": os.environ | {"README_SHOW": "1"}, "check": True}
+        return subprocess.run(words, stdout=subprocess.PIPE, text=True, **run).stdout
+
+    today = shown(".ci/run")
+    assert [today.count(line) for line in COMMANDS.values()] == [1, 1]
+    newest = today.replace(" -c .ci/constraints.txt", "").replace(".venv", ".ci/.venv")
+    assert shown(".ci/newest") == newest != today
+    torch = re.compile(r"torch==[\d.]+")
+    assert shown(".ci/newest", "torch<2.12") == torch.sub("'torch<2.12'", newest) != newest
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))

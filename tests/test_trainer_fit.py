@@ -28,9 +28,14 @@ REFUSED = [
         "llama",
         {"vocab_size": 100},
         [],
-        "model_name_or_path: .* gives the id 2.. and .* has 100 emb",
+        "model_name_or_path: .* gives the id 2.. and .* has 100 embeddings .*jsonl:.",
     ),
-    ("gpt2", {"n_positions": 38}, [], "max_length: expected at most 38, the positions of GPT2LMHe"),
+    (
+        "gpt2",
+        {"n_positions": 38},
+        [],
+        "max_length: expected at most 38, the positions of GPT2LMHe.* tokens .*jsonl:.",
+    ),
     ("gpt2", {"n_positions": 64}, ASKED, "max_new_tokens: .* 64 positions, .* 3. tokens; expected"),
     (
         "phi3",

@@ -41,6 +41,8 @@ def problems(result: dict, family: str) -> set[str]:
         found.add("shared")
     if result["spilled"]:
         found.add("spilled")
+    if result["fused"] is not True:  # Triton's default changes
+        found.add("fusion")
     half = result["case"].startswith("bf16")
     if result["kernel"] in DOTS + KEPT and half and not result["matrix"]:
         found.add("matrix")
@@ -85,6 +87,7 @@ def test_the_checks_can_fail():
     assert "shared" in problems(half, "gfx942")
     (rows,) = (r for r in compiled("sm_90") if r["kernel"] == "kept_rows" and r["case"] == "bf16")
     assert problems({**rows, "shared": 65536}, "sm_90") == {"not prefetched"}
+    assert problems({**rows, "fused": None}, "sm_90") == {"fusion"}
 
 
 def test_families_cover_every_configuration():

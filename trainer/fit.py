@@ -24,28 +24,33 @@ def check_fit(model: PreTrainedModel, pairs: Iterable[Pair]) -> None:
         InputError: a token id without an embedding, a sequence longer than the table of positions,
             or than what dynamic RoPE reads always alike.
     """
-    name = type(model).__name__
-    ids = [sequence.ids for pair in pairs for sequence in (pair.chosen, pair.rejected)]
-    token, rows = max(int(i.max()) for i in ids), model.get_input_embeddings().num_embeddings
-    if token >= rows:
+    name, pairs = type(model).__name__, list(pairs)
+    token = max(pairs, key=_largest_id)
+    rows = model.get_input_embeddings().num_embeddings
+    if _largest_id(token) >= rows:
         raise InputError(
             f"model_name_or_path: expected an embedding for every token, but the tokenizer gives "
-            f"the id {token} and {name} has {rows} embeddings; use the model's own tokenizer"
+            f"the id {_largest_id(token)} and {name} has {rows} embeddings{token.place}; use the "
+            "model's own tokenizer"
         )
-    longest = max(map(len, ids))
+    longest = max(pairs, key=lambda pair: pair.longest)
     limit = positions(model)
-    if limit is not None and longest > limit:
+    if limit is not None and longest.longest > limit:
         raise InputError(
             f"max_length: expected at most {limit}, the positions of {name}, got a sequence of "
-            f"{longest} tokens; lower it"
+            f"{longest.longest} tokens{longest.place}; lower it"
         )
     changes, kind = rope_changes(model)
-    if kind == "dynamic" and longest > changes:
+    if kind == "dynamic" and longest.longest > changes:
         raise InputError(
             f"max_length: expected at most {changes}, as the RoPE of {name} (dynamic) has other "
             f"frequencies for longer sequences, and for those that follow them, got sequences of "
-            f"up to {longest} tokens; lower it"
+            f"up to {longest.longest} tokens{longest.place}; lower it"
         )
+
+
+def _largest_id(pair: Pair) -> int:
+    return max(int(sequence.ids.max()) for sequence in (pair.chosen, pair.rejected))
 
 
 def check_answers(

@@ -25,14 +25,13 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rpo_kernels.losses import LOSSES
 from trainer import adapters, ref_cache
 from trainer.config import InputError, RunConfig
 from trainer.fit import check_fit
-from trainer.loading import load_model, load_tokenizer, locate_model
+from trainer.loading import load_model, load_tokenizer, locate_model, named
 from trainer.model import PreferenceModel
 from trainer.packing import Batch, Step, first_visits, pack
-from trainer.pairs import Split
+from trainer.pairs import Split, named_pairs
 from trainer.probe import check_model
 from trainer.report import progress, say
 
@@ -40,29 +39,6 @@ Scorer = Callable[[Batch], Tensor]
 SAMPLE = 4  # pairs that are computed again when a table is loaded
 # |cached - now| <= tolerance * (1 + |now|): batches differ in rounding, other numerics by more.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
-
-
-def check_reference(config: RunConfig) -> None:
-    """Refuse a loss without the reference that it needs, and the other way round.
-
-    Raises:
-        InputError: `loss_type` and `reference` do not fit together, or an unknown loss.
-    """
-    if config.loss_type not in LOSSES:
-        raise InputError(
-            f"loss_type: expected one of {', '.join(LOSSES)}, got {config.loss_type!r}"
-        )
-    free = [name for name, loss in LOSSES.items() if not loss.reference]
-    if config.reference == "none" and config.loss_type not in free:
-        raise InputError(
-            f"reference: {config.loss_type} compares with a reference model, got none; "
-            f"use precomputed, or a reference-free loss_type ({', '.join(free)})"
-        )
-    if config.reference != "none" and config.loss_type in free:
-        raise InputError(
-            f"reference: expected none, as {config.loss_type} is reference-free, "
-            f"got {config.reference}"
-        )
 
 
 class Reference:
@@ -100,7 +76,9 @@ class Reference:
             splits, plans: the data sets, and the plan of each.
         """
         score = scorer(policy if self.model is None else self.model, self.accelerator)
+        own = self.config.reference != "none" and not self.config.ref_model_name_or_path
         for name, split in splits.items():
+            split.own_reference = own
             if self.config.reference in ("online", "adapter"):
                 split.reference = score
             elif self.config.reference == "precomputed":
@@ -136,7 +114,7 @@ def _other_model(
     accelerator: Accelerator,
 ) -> PreferenceModel:
     """`ref_model_name_or_path`, checked as the policy is, and to mean the same by every token."""
-    try:
+    with named("ref_model_name_or_path"):
         own = replace(config, model_name_or_path=config.ref_model_name_or_path, gguf_file=None)
         _check_tokens(tokenizer, load_tokenizer(locate_model(own), None), splits)
         model = _second_model(own, policy, accelerator)
@@ -149,9 +127,6 @@ def _other_model(
         pairs = [p for split in splits.values() for p in split.pairs]
         check_fit(model.language_model, pairs)
         check_model(model, pairs, config.packing)
-    except InputError as error:
-        said = str(error).removeprefix("model_name_or_path: ")
-        raise InputError(f"ref_model_name_or_path: {said}") from None
     return model
 
 
@@ -233,7 +208,11 @@ def fill(
         logps[start : start + len(batch.indices)] = score(batch).view(2, -1).T
         logps = accelerator.reduce(logps, "sum").cpu()
         if not logps.isfinite().all():
-            raise FloatingPointError(f"reference log-probs of pairs {indices} are not finite")
+            finite = logps.isfinite().all(1).tolist()
+            bad = [index for index, good in zip(indices, finite, strict=True) if not good]
+            raise FloatingPointError(
+                f"reference log-probs of pairs are not finite: {named_pairs(split, bad)}"
+            )
         table.write(indices, logps)
     accelerator.wait_for_everyone()
 

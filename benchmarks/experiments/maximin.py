@@ -11,7 +11,7 @@ and no probability). Three computations that share nothing but phi and the data:
     gap         max_pi phi(pi, R*) - min_R phi(pi*, R) for the reward that RPO's policy implies:
                 0 if and only if (pi*, R*) is a saddle point
 
-    python -m trainer.experiments.maximin
+    python -m benchmarks.experiments.maximin
 """
 
 from __future__ import annotations

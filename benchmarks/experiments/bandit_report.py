@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 from scipy.stats import wilcoxon
 
-from trainer.experiments.bandit import Outcome, Setting, grid, true_reward
+from benchmarks.experiments.bandit_world import Outcome, Setting, grid, true_reward
 
 METRICS = ("true_reward", "final_chosen_logp", "uncovered", "implicit_gap")
 

@@ -10,13 +10,10 @@ the Bradley-Terry model of the true reward. The policy is an MLP of x,
 
 and so it generalizes: what it learns on covered responses says something about the others, too.
 All models are trained together, with `rpo_kernels.losses` as everywhere in this repository.
-
-    python -m trainer.experiments.bandit --output_dir outputs/bandit
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from itertools import product
@@ -25,7 +22,6 @@ import torch
 from torch import Tensor
 
 from rpo_kernels.losses import sft_weight, sigmoid_loss
-from trainer.config import InputError, open_folder
 
 K, HIDDEN, PAIRS = 100, 24, 300
 PEAK, TOP, END = 0.6, 4.0, -4.0  # where the true reward is highest, its height, its value at x = 1
@@ -157,28 +153,3 @@ def measure(
 def sweep() -> list[Setting]:
     """Every combination of beta, eta and coverage."""
     return [Setting(*values) for values in product(BETAS, ETAS, COVERAGES)]
-
-
-def main() -> None:
-    """Run the sweep, test the claim, write results and figures."""
-    from trainer.experiments.bandit_report import report
-
-    parser = argparse.ArgumentParser(description="DPO against RPO where the true reward is known.")
-    parser.add_argument("--output_dir", default="outputs/bandit", help="[outputs/bandit]")
-    parser.add_argument("--seeds", type=int, default=30, help="the first third choose eta [30]")
-    parser.add_argument("--first_seed", type=int, default=2000, help="they are consecutive [2000]")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"Adam steps [{STEPS}]")
-    args = parser.parse_args()
-    if args.seeds < 6:
-        parser.error(f"--seeds: expected at least 6, two to choose eta by, got {args.seeds}")
-    seeds = list(range(args.first_seed, args.first_seed + args.seeds))
-    try:
-        folder = open_folder(args.output_dir)
-    except InputError as error:
-        parser.error(str(error))
-    settings = sweep()
-    print(report(settings, seeds, train(settings, seeds, args.steps), folder))
-
-
-if __name__ == "__main__":
-    main()

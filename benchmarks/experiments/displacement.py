@@ -12,7 +12,7 @@ From the default recipe's model, several methods and seeds in every setting (`SE
 
 All methods of a setting start from the same weights and see the same pairs; a seed is an order.
 
-    python -m trainer.experiments.displacement --output_dir outputs/displacement
+    python -m benchmarks.experiments.displacement --output_dir outputs/displacement
 
 What is finished is not repeated, so a stopped experiment goes on with the same command.
 """
@@ -26,11 +26,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.experiments import arithmetic
+from benchmarks.experiments.displacement_report import report
 from trainer.config import InputError, RunConfig, open_folder
 from trainer.evaluation.models import Source, open_model
 from trainer.evaluation.records import read_jsonl, write_json, write_rows
-from trainer.experiments import arithmetic
-from trainer.experiments.displacement_report import report
 from trainer.recipe import parse_config
 from trainer.run import run
 
