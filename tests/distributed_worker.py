@@ -24,6 +24,7 @@ from trainer_tiny import (
 )
 
 from trainer import distributed, run, zero3
+from trainer.backbone import checkpoint_layers
 from trainer.loop import run_step
 from trainer.packing import Step, pack, plan_pass
 from trainer.recipe import parse_config
@@ -138,7 +139,7 @@ def zero3_gradients(policy, split, accelerator, checkpointed):
     from deepspeed.utils import safe_get_full_grad
 
     if checkpointed:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(policy.model)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     engine, _ = zero3.partition(policy, optimizer, tiny_config(max_grad_norm=1e9))
     weights = list(engine.module.parameters())

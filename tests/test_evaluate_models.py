@@ -168,21 +168,17 @@ def test_bad_prompts(tmp_path, row, message):
         read_prompts(write_jsonl(tmp_path / "p.jsonl", [row]))
 
 
-def test_a_head_that_is_not_known_is_described(tmp_path, capsys):
-    folder = save_tiny(tmp_path / "model")
-    tiny_model("arcee").save_pretrained(folder)
+def test_any_architecture_is_evaluated(tmp_path):
+    """One that no list names, and one that cannot be packed."""
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [record(k) for k in range(2)])
-    words = ["--models", f"m={folder}", "--output_dir", str(tmp_path / "out")]
-    commands = (
-        ["generate", *words, "--prompts", pairs, "--max_new_tokens", "2"],
-        ["score", *words, "--data", pairs, "--reference", folder, "--kl_prompts", "0"],
-    )
-    for command in commands:
-        with pytest.raises(SystemExit, match="pass logit_scale .1.0 where it does nothing"):
-            main(command)
-        main([*command, "--logit_scale", "1.0"])
-    with pytest.raises(SystemExit, match="scale 2.0 and softcap None"):
-        main([*commands[1], "--logit_scale", "2.0"])
+    for kind, fields in (("arcee", {}), ("lfm2", {"layer_types": ["conv", "full_attention"]})):
+        folder = save_tiny(tmp_path / kind)
+        tiny_model(kind, **fields).save_pretrained(folder)
+        words = ["--models", f"m={folder}", "--output_dir", str(tmp_path / f"{kind}-out")]
+        main(["generate", *words, "--prompts", pairs, "--max_new_tokens", "2"])
+        main(["score", *words, "--data", pairs, "--reference", folder, "--kl_prompts", "1"])
+        scores = json.loads((tmp_path / f"{kind}-out" / "scores.json").read_text())
+        assert scores["m"]["kl"] == 0
 
 
 def test_commands(tmp_path, folders, capsys):

@@ -239,7 +239,6 @@ BAD = [
     (fields, {"dtype": "bf16"}, "got 'bf16'; did you mean bfloat16?"),
     (fields, {"beta": 1e39}, "beta: expected a finite number > 0 in float32, got 1e+39"),
     (fields, {"eta": 1e39}, "eta: expected a finite number >= 0 in float32"),
-    (fields, {"logit_scale": 1e39}, "logit_scale: expected a finite number > 0 in float32"),
     (fields, {"max_workspace_mb": 1e15}, "max_workspace_mb: expected None or a number of MiB > 0"),
     (fields, {"reference": "none"}, "reference: sigmoid compares with a reference model, got none"),
     (fields, {"loss_type": "simpo"}, "reference: expected none, as simpo is reference-free"),

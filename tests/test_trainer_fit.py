@@ -40,8 +40,8 @@ REFUSED = [
     (
         "phi3",
         longrope(38),
-        [],
-        r"max_length: expected at most 38, .* Phi3ForCausalLM \(longrope\).* tokens .*jsonl:.",
+        ["--packing", "true"],
+        r"packing: Phi3ForCausalLM has sequences on both sides of 38 tokens.*RoPE \(longrope\)",
     ),
     (
         "llama",

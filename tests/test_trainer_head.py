@@ -14,14 +14,14 @@ from trainer_tiny import (
     tiny_policy,
     tiny_split,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from trainer.config import InputError
-from trainer.head import DIVIDED, MULTIPLIED, PLAIN, SOFTCAPPED, FusedLMHead, fuse_lm_head
+from trainer.head import FusedLMHead, fuse_lm_head
 from trainer.loading import save_model
 from trainer.loop import run_step
-from trainer.model import check_model
 from trainer.packing import Step
+from trainer.probe import check_model
 from trainer.reference import lookup
 
 STEP = Step((((0, 1),),))
@@ -38,11 +38,30 @@ def own_loss_and_gradient(model, split):
 def fused_loss_and_gradient(model, split):
     model.zero_grad()
     policy, accelerator = tiny_policy(model, eta=0.5)
-    check_model(policy, split.pairs[0])
+    check_model(policy, split.pairs)
     return run_step(policy, split, STEP, accelerator, train=True)[0].item(), gradient(model)
 
 
-@pytest.mark.parametrize("kind", sorted(PLAIN | SOFTCAPPED | MULTIPLIED | DIVIDED))
+TRANSFORMS = [
+    ("llama", {}, 1.0, None),
+    ("cohere", {}, 0.25, None),
+    ("granite", {"logits_scaling": 13.0}, 1 / 13, None),
+    ("granitemoe", {}, 0.25, None),
+    ("gemma2", {}, 1.0, 5.0),
+    ("gemma3_text", {"final_logit_softcapping": None}, 1.0, None),
+    ("gemma3_text", {"final_logit_softcapping": 300.0}, 1.0, 300.0),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "fields", "scale", "softcap"), TRANSFORMS)
+def test_what_a_model_does_to_its_logits_is_measured(kind, fields, scale, softcap, dtype):
+    head = fuse_lm_head(tiny_model(kind, **fields).to(dtype)).get_output_embeddings()
+    assert head.logit_scale == pytest.approx(scale, rel=1e-12)
+    assert head.logit_softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-12))
+
+
+@pytest.mark.parametrize("kind", ["llama", "cohere", "granite", "gemma2", "gpt2", "phi", "olmo3"])
 def test_the_fused_loss_is_that_of_the_model_s_own_logits(kind):
     model, split = tiny_model(kind), tiny_split(2)
     split.reference = lookup(REFERENCE)
@@ -52,22 +71,50 @@ def test_the_fused_loss_is_that_of_the_model_s_own_logits(kind):
     assert relative(got, wanted) < 1e-5
 
 
-def test_an_unknown_architecture_says_what_to_pass():
-    with pytest.raises(InputError, match="'stablelm' does to its logits.*pass logit_scale"):
-        fuse_lm_head(tiny_model("stablelm"))
-    head = fuse_lm_head(tiny_model("stablelm"), logit_scale=1.0).lm_head
-    assert (head.logit_scale, head.logit_softcap) == (1.0, None)
-    head = fuse_lm_head(tiny_model("stablelm"), logit_softcap=30.0).lm_head
-    assert (head.logit_scale, head.logit_softcap) == (1.0, 30.0)
+class Scaled(LlamaForCausalLM):
+    """Scales, then caps, whatever its config says."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 30 * torch.tanh(output.logits.float() * 0.7 / 30)
+        return output
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])
-def test_a_missed_logit_transform_is_noticed(kind):
-    policy, _ = tiny_policy(tiny_model(kind))
-    head = policy.model.get_output_embeddings()
-    head.logit_softcap, head.logit_scale = None, 1.0
-    with pytest.raises(InputError, match="its logits are not softcap.*pass the right"):
-        check_model(policy, tiny_split(1).pairs[0])
+def test_a_scale_below_a_softcap_in_float32_is_measured():
+    torch.manual_seed(0)
+    head = fuse_lm_head(Scaled(tiny_model("llama").config)).lm_head
+    assert head.logit_scale == pytest.approx(0.7, rel=1e-7)
+    assert head.logit_softcap == pytest.approx(30, rel=1e-7)
+
+
+def masked(logits):
+    logits[..., 7] = float("-inf")
+    return logits
+
+
+FORMS = {
+    "clamped": lambda x: x.clamp(-20, 20),
+    "biased": lambda x: x + 0.1,
+    "cut": lambda x: x[..., :200],
+    "masked": masked,
+    "of large ones alone": lambda x: torch.where(x.abs() > 100, 2 * x, x),
+    "by token": lambda x: x * torch.linspace(1, 2, x.shape[-1]),
+    "by position": lambda x: x * torch.linspace(1, 2, x.shape[1])[:, None],
+    "negated": lambda x: -x,
+    "normalized": lambda x: x.log_softmax(-1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_form_is_refused_with_what_was_seen(form):
+    class Odd(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = FORMS[form](output.logits)
+            return output
+
+    with pytest.raises(InputError, match="Odd: its logits are not .*(becomes|the logits are)"):
+        fuse_lm_head(Odd(tiny_model("llama").config))
 
 
 def test_a_head_that_is_no_linear_is_refused():

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 from trainer_tiny import (
     relative,
+    rpo_by_hand,
     rpo_loss_by_hand,
     shifted_reference,
     tiny_config,
@@ -18,15 +19,18 @@ from transformers import AttentionInterface
 from trainer import attention
 from trainer.attention import PairLayout, pair_attention
 from trainer.config import InputError
-from trainer.head import fuse_lm_head
-from trainer.model import check_model
 from trainer.packing import pack, share_prefixes
 from trainer.pairs import IGNORE, Pair, Sequence
+from trainer.probe import check_model
 
 KINDS = [
     "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gemma3",
     "cohere2", "phi", "gpt2", "olmo3",
 ]  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    "rope_theta": 1e4, "original_max_position_embeddings": 38,
+}  # fmt: skip
 LAYOUTS = [((3, 4, 5), (0, 6, 2)), ((7, 0, 3),), ((5, 4, 0), (2, 1, 1)), ((1, 0, 0),)]
 
 
@@ -59,7 +63,7 @@ def test_padded_packed_and_prefix_shared_are_equal(kind):
 
     policy, _ = tiny_policy(model, eta=0.5)
     for pairs in (split.pairs, share_prefixes(split.pairs)):
-        check_model(policy, pairs[0])
+        check_model(policy, pairs)
         model.zero_grad()
         batch = pack(pairs, (0, 1, 2))
         out = policy(batch, ref_logps.T.reshape(-1), 3, 1)
@@ -144,32 +148,50 @@ def test_the_mask_is_the_tree_of_prefix_and_branches():
 
 
 def spoiled(**changes):
-    """`pair_attention` with some of its arguments replaced."""
+    """`pair_attention` with some of its arguments replaced, by a value or a function of it."""
 
     def attend(*tensors, **kwargs):
-        return pair_attention(*tensors, **kwargs | changes)
+        new = {k: v(kwargs[k]) if callable(v) else v for k, v in changes.items()}
+        return pair_attention(*tensors, **kwargs | new)
 
     return attend
 
 
+def one_sequence(layout):
+    """The layout of a row in which every token sees all before it."""
+    return layout and PairLayout(((0, sum(map(sum, layout.lengths)), 0),))
+
+
+def no_prefix(layout):
+    """One in which rejected responses do not see what they share with the chosen ones."""
+    apart = (((0, p + c, 0), (0, r, 0)) for p, c, r in layout.lengths) if layout else ()
+    return layout and PairLayout(tuple(pair for pairs in apart for pair in pairs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
         ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 17}),
         ("gemma3_text", {"sliding_window": None}),
         ("gemma2", {"softcap": None}),
         ("gemma2", {"sliding_window": 16}),
-        ("llama", {"pairs": PairLayout(((0, 2 * tiny_split(1).pairs[0].tokens, 0),))}),
+        ("llama", {"pairs": one_sequence}),
+        ("llama", {"pairs": no_prefix}),
         ("granite", {"scaling": 0.5}),
     ],
 )
-def test_a_wrong_attention_is_noticed(kind, changes, monkeypatch):
-    policy, _ = tiny_policy(tiny_model(kind))
-    pair = tiny_split(1).pairs[0]
-    check_model(policy, pair)
+def test_a_wrong_attention_is_noticed(kind, changes, dtype, monkeypatch):
+    policy, _ = tiny_policy(tiny_model(kind).to(dtype))
+    pairs = tiny_split(1).pairs
+    assert check_model(policy, pairs) is None
+    assert policy.packed
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, spoiled(**changes))
-    with pytest.raises(InputError, match="packed sequences do not attend as they do alone"):
-        check_model(policy, pair)
+    with pytest.raises(InputError, match="packing: .* does not treat packed sequences as it does"):
+        check_model(policy, pairs, packing=True)
+    assert "a token's state differs by" in check_model(policy, pairs)
+    assert not policy.packed
 
 
 REFUSED = [
@@ -189,23 +211,64 @@ def test_what_attention_does_not_do_is_refused(asked, message):
         )
 
 
-def test_an_architecture_that_keeps_its_window_to_itself_is_refused():
-    bloom = fuse_lm_head(tiny_model("bloom", n_head=4), logit_scale=1.0)
-    with pytest.raises(InputError, match="BloomForCausalLM: expected an architecture that"):
-        tiny_policy(bloom)
+ALONE = [
+    ("bloom", {"n_head": 4}, "has layers that do not tell their window"),
+    ("stablelm", {}, "cannot run packed sequences: "),
+    ("gpt_oss", {"num_local_experts": 4, "head_dim": 8}, "GptOssAttention has attention sinks"),
+    ("lfm2", {"layer_types": ["conv", "full_attention"]}, "a token's state differs by"),
+    ("llama", {"rope_parameters": LONGROPE}, "where its RoPE (longrope) has other"),
+]
 
 
-def test_an_architecture_that_breaks_on_packed_rows_is_refused():
-    policy, _ = tiny_policy(fuse_lm_head(tiny_model("stablelm"), logit_scale=1.0))
-    with pytest.raises(InputError, match="StableLmForCausalLM: cannot run packed sequences: "):
-        check_model(policy, tiny_split(1).pairs[0])
+@pytest.mark.parametrize(("kind", "fields", "reason"), ALONE, ids=lambda x: str(x)[:12])
+def test_what_cannot_be_packed_runs_alone_and_says_why(kind, fields, reason):
+    """Its gradient is that of the model's own logits, one sequence at a time."""
+    model, pairs, ref_logps = tiny_model(kind, **fields), tiny_split(3).pairs, shifted_reference(3)
+    rpo_by_hand(model, pairs, ref_logps, tiny_config(eta=0.5)).backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    policy, _ = tiny_policy(model, eta=0.5)
+    assert reason in check_model(policy, pairs)
+    with pytest.raises(InputError, match="^packing: .*; set it to auto or false"):
+        check_model(policy, pairs, packing=True)
+    batch = pack(share_prefixes(pairs), (0, 1, 2))
+    policy(batch, ref_logps.T.reshape(-1), 3, 1).loss.backward()
+    assert_equal_gradients(gradients(model), wanted)
 
 
-def test_a_layer_that_is_no_attention_is_refused():
-    mixed = tiny_model("lfm2", layer_types=["conv", "full_attention"])
-    policy, _ = tiny_policy(fuse_lm_head(mixed, logit_scale=1.0))
-    with pytest.raises(InputError, match="packed sequences do not attend as they do alone"):
-        check_model(policy, tiny_split(1).pairs[0])
+def assert_equal_gradients(got, wanted):
+    """Each within 1e-5 of itself, or of the whole gradient's 1e-3 where it is rounding."""
+    assert got.keys() == wanted.keys()
+    floor = 1e-3 * torch.cat([x.flatten() for x in wanted.values()]).norm()
+    errors = {n: (got[n] - x).norm() / max(x.norm(), floor) for n, x in wanted.items()}
+    assert {n for n, error in errors.items() if not error < 1e-5} == set()
+
+
+def test_sequences_alone_have_the_packed_gradient():
+    policy, _ = tiny_policy(eta=0.5)
+    pairs, ref_logps, found = share_prefixes(tiny_split(3).pairs), shifted_reference(3), []
+    for packing in (True, False):
+        check_model(policy, pairs, packing)
+        policy.zero_grad()
+        out = policy(pack(pairs, (0, 1, 2)), ref_logps.T.reshape(-1), 3, 1)
+        out.loss.backward()
+        found.append((out.loss.item(), {n: g.clone() for n, g in gradients(policy).items()}))
+    (packed, wanted), (alone, got) = found
+    assert alone == pytest.approx(packed, rel=1e-5)
+    assert_equal_gradients(got, wanted)
+
+
+def test_ranks_run_the_backbone_as_often_as_the_one_with_the_most_pairs():
+    policy, _ = tiny_policy()
+    policy.pack(False)
+    pairs, ranks, calls = tiny_split(3).pairs, ((0, 1), (2,), ()), []
+    policy.language_model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    for indices in ranks:
+        out = policy(pack(pairs, indices, ranks), torch.zeros(2 * len(indices)), 3, 10)
+        out.loss.backward()
+        assert len(calls) == 4
+        calls.clear()
+        assert all(p.grad is not None for p in policy.parameters())
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2"])

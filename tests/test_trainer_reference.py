@@ -28,7 +28,6 @@ from trainer_tiny import (
     tiny_tokenizer,
     write_jsonl,
 )
-from transformers import AutoConfig
 
 from trainer import ref_cache, reference, run
 from trainer.config import InputError
@@ -147,10 +146,9 @@ def other_reference(path, **fields):
     [("cohere", (0.25, None)), ("gemma2", (1.0, 5.0)), ("llama", (1.0, None))],
 )
 def test_a_reference_of_another_architecture_has_its_own_transform(kind, transform, tmp_path):
-    """Its log-probs are those of its own logits, whatever the policy's logit fields say."""
+    """Its log-probs are those of its own logits."""
     wanted, split = tiny_model(kind, seed=1), tiny_split(2)
-    fields = {} if kind == "llama" else {"logit_scale": 2.0}
-    model = other_reference(save_other(tmp_path / "other", wanted), **fields)
+    model = other_reference(save_other(tmp_path / "other", wanted))
     head = model.language_model.get_output_embeddings()
     assert (head.logit_scale, head.logit_softcap) == transform
     found = scorer(model, Accelerator(cpu=True))(pack(split.pairs, (0, 1)))
@@ -172,8 +170,14 @@ def resize(folder):
     model.save_pretrained(folder)
 
 
-def unknown_architecture(folder):
-    AutoConfig.for_model("stablelm").save_pretrained(folder)
+REFORMER = {
+    "axial_pos_embds_dim": [8, 24], "axial_pos_shape": [16, 32], "is_decoder": True,
+    "attention_head_size": 8, "feed_forward_size": 64,
+}  # fmt: skip
+
+
+def unusable_architecture(folder):
+    tiny_model("reformer", **REFORMER).save_pretrained(folder)
 
 
 def without_tokenizer(folder):
@@ -187,8 +191,7 @@ def without_tokenizer(folder):
         (resize, {}, "expected a model with the policy's vocabulary of 259 tokens, got 300"),
         (swap_letters, {}, "the policy's tokenizer, but token .* is 'c' to the policy and 'd' to"),
         (without_tokenizer, {}, "cannot load a tokenizer from"),
-        (unknown_architecture, {}, "expected the policy's architecture 'llama', or .*'stablelm'"),
-        (None, {"logit_scale": 2.0}, "LlamaForCausalLM: its logits are not softcap"),
+        (unusable_architecture, {}, "ReformerModelWithLMHead: cannot run a sequence of made-up"),
     ],
 )
 def test_a_reference_model_that_does_not_fit_is_refused(change, fields, message, tmp_path):

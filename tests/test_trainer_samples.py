@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from trainer_tiny import (
     record,
     save_tiny,
     tiny_config,
+    tiny_llama,
     tiny_model,
     tiny_policy,
     tiny_split,
@@ -19,6 +21,7 @@ from trainer_tiny import (
 
 from trainer import run
 from trainer.config import InputError
+from trainer.head import fuse_lm_head
 from trainer.loop import run_step
 from trainer.packing import plan_pass
 from trainer.recipe import parse_config
@@ -125,8 +128,9 @@ def test_samples_without_held_out_pairs_are_refused():
 
 
 def test_training_goes_on_as_it_was():
-    """Dropout off while answering, on again in the next step; gradients untouched."""
-    policy, _ = tiny_policy()
+    """Adapters' dropout off while answering, on again in the next step; gradients untouched."""
+    lora = LoraConfig(lora_dropout=0.5, target_modules=["q_proj"])
+    policy, _ = tiny_policy(get_peft_model(fuse_lm_head(tiny_llama()), lora))
     accelerator, split = Accelerator(cpu=True), tiny_split(2)
     config = tiny_config(sample_prompts=1, max_new_tokens=2, eval_split_ratio=0.5)
     split.reference = lambda batch: torch.full((2 * len(batch.indices),), -20.0)
@@ -134,4 +138,6 @@ def test_training_goes_on_as_it_was():
     take_samples(policy, tiny_tokenizer(), split, config, accelerator)
     assert all(p.grad is None for p in policy.parameters())
     run_step(policy, split, step, accelerator, train=True)
-    assert policy.training and policy.language_model.model.layers[0].training
+    dropouts = [m for m in policy.modules() if isinstance(m, torch.nn.Dropout)]
+    assert policy.training and dropouts and all(m.training for m in dropouts)
+    assert not policy.language_model.training

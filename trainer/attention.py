@@ -166,7 +166,7 @@ def _by_sequence(
         q, *rest = next(pieces)
         both = (torch.cat([x[:, :, :prefix], y], 2) for x, y in zip((k, v), rest, strict=True))
         outputs.append(_attend(q, *both, *how))
-    return torch.cat(outputs, 2).transpose(1, 2)
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()  # some layers take views of it
 
 
 def _attend(
@@ -216,17 +216,6 @@ AttentionInterface.register(NAME, pair_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def use_pair_attention(model: PreTrainedModel) -> str:
-    """Let `model` attend by `pair_attention`; returns the name of the attention it had.
-
-    Raises:
-        InputError: the architecture's layers do not tell their window and softcap.
-    """
-    own = model.config._attn_implementation
-    if not model._supports_flash_attn:
-        raise InputError(
-            f"{type(model).__name__}: expected an architecture that supports FlashAttention, whose "
-            "layers tell their window and softcap; others cannot be packed"
-        )
-    model.set_attn_implementation(NAME)
-    return own
+def packs(model: PreTrainedModel) -> bool:
+    """Whether a model's layers tell their window and softcap, as they would to FlashAttention."""
+    return bool(model._supports_flash_attn)

@@ -37,8 +37,6 @@ def _is_day(text: str) -> bool:
 
 # What each field's value must be, in words and as a test; null passes where a field may be null.
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "logit_scale": ("null or a number > 0", lambda x: 0 < x < float("inf")),
-    "logit_softcap": ("null or a number > 0", lambda x: 0 < x < float("inf")),
     "train_weights": ("numbers > 0", lambda x: all(0 < y < float("inf") for y in x)),
     "eval_split_ratio": ("a number in [0, 1)", lambda x: 0 <= x < 1),
     "max_length": ("an integer >= 8", lambda x: x >= 8),
@@ -172,7 +170,7 @@ def problems(config: RunConfig) -> Iterator[str]:
 def _loss_problems(config: RunConfig) -> Iterator[str]:
     """What the loss does not define; its coefficients are the kernels' to judge, once, here."""
     # not above: it imports torch, for which the evaluator's judge would wait
-    from rpo_kernels.checks import check_loss, check_run, check_transform
+    from rpo_kernels.checks import check_loss, check_run
     from rpo_kernels.losses import LOSSES
 
     name, reference = config.loss_type, config.reference
@@ -192,7 +190,6 @@ def _loss_problems(config: RunConfig) -> Iterator[str]:
             name, config.beta, config.eta, config.label_smoothing, config.sft_reduction,
             config.scale_eta_by_beta, simpo_gamma=None,
         )  # fmt: skip
-        check_transform(config.logit_scale or 1.0, config.logit_softcap)
         check_run(config.backend, config.max_workspace_mb)
     except ValueError as error:
         yield str(error)
@@ -216,10 +213,10 @@ def convert(value: object, kind: object) -> object:
             return None
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise ValueError(not_among(value, choices))
-        return value
+        choices = {str(choice).lower(): choice for choice in typing.get_args(kind)}
+        if str(value).lower() not in choices:
+            raise ValueError(not_among(value, tuple(choices)))
+        return choices[str(value).lower()]
     if typing.get_origin(kind) is tuple:
         values = [] if value is None else value if isinstance(value, list | tuple) else [value]
         return tuple(convert(v, typing.get_args(kind)[0]) for v in values)

@@ -34,10 +34,6 @@ class RunConfig:
     """Folder or hub id of the policy, or `package:NAME`, the folder of a Python package."""
     gguf_file: str | None = None
     """Name of a GGUF file inside the model folder; its weights are dequantized."""
-    logit_scale: float | None = None
-    """Factor on lm_head's output, for an architecture that the trainer does not know."""
-    logit_softcap: float | None = None
-    """Softcap of lm_head's output, for an architecture that the trainer does not know."""
 
     train_file: tuple[str, ...] = ()
     """JSONL, JSON, CSV or Parquet files of training pairs, globs, or folders of such files, from
@@ -162,8 +158,12 @@ class RunConfig:
     float16, for GPUs without bfloat16, scales the loss and skips steps that overflow."""
     model_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the loaded weights, their gradients and moments; adapters are float32 beside any."""
+    packing: Literal["auto", True, False] = "auto"
+    """Whether a batch is one packed row, without padding, or every sequence a row of its own, as a
+    recurrent model needs it; `auto` packs where that is measured to change nothing, and says so."""
     prefix_sharing: bool = True
-    """Whether tokens that both sequences of a pair begin with are computed once; same loss."""
+    """Whether tokens that both sequences of a pair begin with are computed once, in packed rows;
+    same loss."""
     gradient_checkpointing: bool = False
     """Whether backward computes every layer again instead of keeping its activations."""
     activation_offloading: bool = False

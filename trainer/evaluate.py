@@ -35,8 +35,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     options = _with_chat(vars(args))
     models = _assignments("models", options.pop("models"))
-    own = ("prompts", "output_dir", "logit_scale", "logit_softcap", "chat")
-    own = {name: options.pop(name) for name in own}
+    own = {name: options.pop(name) for name in ("prompts", "output_dir", "chat")}
     for path in generate(**own, models=models, sampling=Sampling(**options)):
         print(f"written: {path}")
 
@@ -93,8 +92,6 @@ def _seed(word: str) -> int:
 def _model_options(add: Callable) -> None:
     paths = "folders (of adapters, too) or hub ids, or package:NAME; /FILE.gguf may follow"
     add("--models", nargs="+", required=True, metavar="NAME=PATH", help=paths)
-    add("--logit_scale", type=float, help="as in training, for an architecture that is not known")
-    add("--logit_softcap", type=float, help="likewise")
     add("--chat_template_kwargs", metavar="JSON", help="variables of the template, as in training")
     add("--date", metavar="YYYY-MM-DD", help="day that chat templates are told [today]")
 

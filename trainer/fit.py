@@ -1,12 +1,13 @@
 """What the data asks of a model: token ids and positions within its tables, one set of frequencies.
 
-A pair's numbers may not depend on what it is packed with. RoPE of the types longrope and dynamic
-chooses its frequencies by the longest sequence of a row, so those are refused where data is on both
-sides of that choice.
+RoPE of the type longrope chooses its frequencies by the longest sequence of a row, so data on both
+sides of that choice is not packed; that of the type dynamic by what was read before, so it is
+refused.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sized
 
 from torch import nn
@@ -17,11 +18,11 @@ from trainer.pairs import Pair
 
 
 def check_fit(model: PreTrainedModel, pairs: Iterable[Pair]) -> None:
-    """Refuse pairs that a model cannot read, or would read differently when packed.
+    """Refuse pairs that a model cannot read.
 
     Raises:
         InputError: a token id without an embedding, a sequence longer than the table of positions,
-            or sequences that RoPE would treat in two ways.
+            or than what dynamic RoPE reads always alike.
     """
     name, pairs = type(model).__name__, list(pairs)
     token = max(pairs, key=_largest_id)
@@ -32,22 +33,24 @@ def check_fit(model: PreTrainedModel, pairs: Iterable[Pair]) -> None:
             f"the id {_largest_id(token)} and {name} has {rows} embeddings{token.place}; use the "
             "model's own tokenizer"
         )
-    shortest, longest = min(pairs, key=_shortest), max(pairs, key=lambda pair: pair.longest)
+    longest = max(pairs, key=lambda pair: pair.longest)
     limit = positions(model)
     if limit is not None and longest.longest > limit:
         raise InputError(
             f"max_length: expected at most {limit}, the positions of {name}, got a sequence of "
             f"{longest.longest} tokens{longest.place}; lower it"
         )
-    _check_rope(model, _shortest(shortest), longest)
+    changes, kind = rope_changes(model)
+    if kind == "dynamic" and longest.longest > changes:
+        raise InputError(
+            f"max_length: expected at most {changes}, as the RoPE of {name} (dynamic) has other "
+            f"frequencies for longer sequences, and for those that follow them, got sequences of "
+            f"up to {longest.longest} tokens{longest.place}; lower it"
+        )
 
 
 def _largest_id(pair: Pair) -> int:
     return max(int(sequence.ids.max()) for sequence in (pair.chosen, pair.rejected))
-
-
-def _shortest(pair: Pair) -> int:
-    return min(len(pair.chosen.ids), len(pair.rejected.ids))
 
 
 def check_answers(
@@ -78,18 +81,14 @@ def positions(model: PreTrainedModel) -> int | None:
     return limit if found else None
 
 
-def _check_rope(model: PreTrainedModel, shortest: int, longest: Pair) -> None:
-    """Refuse sequences on both sides of where RoPE's frequencies change."""
+def rope_changes(model: PreTrainedModel) -> tuple[float, str]:
+    """The most tokens of a sequence before RoPE has other frequencies, and which type has them."""
     text = model.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
+    found = [(math.inf, "")]
     for own in (rope, *(v for v in rope.values() if isinstance(v, dict))):  # or by type of layer
-        kind, limit = own.get("rope_type"), own.get("original_max_position_embeddings")
-        if kind == "dynamic":  # beyond it they change with every length
-            limit, shortest = text.max_position_embeddings, 0
-        if kind in ("dynamic", "longrope") and shortest <= limit < longest.longest:
-            raise InputError(
-                f"max_length: expected at most {limit}, as the RoPE of {type(model).__name__} "
-                f"({kind}) has other frequencies for longer sequences and all of a packed row "
-                f"share them, got sequences of up to {longest.longest} tokens{longest.place}; "
-                "lower it"
-            )
+        if own.get("rope_type") == "longrope":
+            found.append((own["original_max_position_embeddings"], "longrope"))
+        if own.get("rope_type") == "dynamic":
+            found.append((text.max_position_embeddings, "dynamic"))
+    return min(found)

@@ -5,30 +5,24 @@
     logits = softcap(scale * (hidden @ weight^T + bias)),   softcap(z) = cap * tanh(z / cap)
 
 Weight and bias are lm_head's own parameters, tied or not. Scale and softcap are what the model's
-forward does to lm_head's output; they stand in its config, under names that differ by architecture.
-A transform that is missed changes the loss without an error, so an architecture that is not listed
-here is refused, and `model.check_model` compares log-probs with the model's own logits.
+forward does to lm_head's output. They are measured: known values, small and large ones, take the
+place of lm_head's output, and the model's own logits tell what became of them. A model that does
+anything else to them is refused; what its config says of its logits is not needed.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rpo_kernels import RPOOutput, fused_rpo_loss
+from trainer.backbone import quiet, without_cache
 from trainer.config import InputError
 
-# Architectures (config.model_type) that return lm_head's output as it is.
-PLAIN = frozenset(
-    (
-        "gemma", "gemma3", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo", "olmo2",
-        "olmo3", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
-    )
-)  # fmt: skip
-SOFTCAPPED = frozenset(("gemma2", "gemma3_text"))  # config.final_logit_softcapping
-MULTIPLIED = frozenset(("cohere", "cohere2"))  # config.logit_scale
-DIVIDED = frozenset(("granite", "granitemoe"))  # config.logits_scaling
-KNOWN = PLAIN | SOFTCAPPED | MULTIPLIED | DIVIDED
+TOKENS = 4  # rows of the measurement
+EXPONENTS = (-48, 24)  # of its values: from where tanh is linear to rounding, to where it is 1
+LINEAR = 2.0**-30  # values up to here give the scale
 
 
 class FusedLMHead(nn.Linear):
@@ -67,44 +61,92 @@ class FusedLMHead(nn.Linear):
         }
 
 
-def fuse_lm_head(
-    model: PreTrainedModel, logit_scale: float | None = None, logit_softcap: float | None = None
-) -> PreTrainedModel:
+def fuse_lm_head(model: PreTrainedModel) -> PreTrainedModel:
     """Replace the model's output layer, in place, by a `FusedLMHead` with the same parameters.
 
-    Args:
-        model: a causal language model.
-        logit_scale, logit_softcap: what the model's forward does to lm_head's output. With neither
-            they are read from the config of a known architecture; one that is not given is none.
-
     Raises:
-        InputError: the output layer is not a plain Linear, or nothing is given for an architecture
-            that is not known.
+        InputError: the output layer is not a plain Linear, the model does something else to its
+            output than a scale and a softcap, or a forward changes its weights.
     """
+    head, versions = output_layer(model), [p._version for p in model.parameters()]
+    fused = FusedLMHead(head, *measure_transform(model))
+    if versions != [p._version for p in model.parameters()]:
+        raise InputError(
+            f"{type(model).__name__}: a forward in evaluation changes the weights in place, so "
+            "that they could not be saved; it cannot be trained here"
+        )
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module is head:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, fused)
+    return model
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """lm_head, which must be a plain Linear."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise InputError(
             f"{type(model).__name__}: expected an output layer of type Linear, "
             f"got {type(head).__name__}"
         )
-    if logit_scale is None and logit_softcap is None:
-        logit_scale, logit_softcap = _transform_of(model)
-    model.set_output_embeddings(FusedLMHead(head, logit_scale or 1.0, logit_softcap))
-    return model
+    return head
 
 
-def _transform_of(model: PreTrainedModel) -> tuple[float, float | None]:
-    """Scale and softcap of a known architecture's logits."""
-    config = model.config
-    if config.model_type in PLAIN:
-        return 1.0, None
-    if config.model_type in SOFTCAPPED:
-        return 1.0, config.final_logit_softcapping
-    if config.model_type in MULTIPLIED:
-        return config.logit_scale, None
-    if config.model_type in DIVIDED:
-        return 1.0 / config.logits_scaling, None
-    raise InputError(
-        f"{type(model).__name__}: nothing is known of what architecture {config.model_type!r} does "
-        "to its logits after lm_head; pass logit_scale (1.0 where it does nothing) or logit_softcap"
-    )
+@torch.no_grad()
+def measure_transform(model: PreTrainedModel) -> tuple[float, float | None]:
+    """Scale and softcap that a model's forward applies to lm_head's output; (1.0, None) is nothing.
+
+    The model may be without numbers, on the meta device: lm_head's output is replaced. It is in
+    evaluation mode afterwards.
+
+    Raises:
+        InputError: the logits are another function of lm_head's output.
+    """
+    head = output_layer(model)
+    device = head.weight.device if head.weight.device.type != "meta" else torch.device("cpu")
+    values = _known_values((1, TOKENS, head.out_features)).to(device)
+    hook = head.register_forward_hook(lambda _head, _args, _output: values.clone())
+    ids = torch.arange(TOKENS, device=head.weight.device)[None]
+    quiet(model)
+    try:
+        logits = model(input_ids=ids, **without_cache(model)).logits
+    finally:
+        hook.remove()
+    name = type(model).__name__
+    if logits.shape != values.shape:
+        raise InputError(
+            f"{name}: its logits are not softcap(scale * lm_head(hidden)): lm_head's output is "
+            f"{tuple(values.shape)}, the logits are {tuple(logits.shape)}; such a model cannot be "
+            "trained here"
+        )
+    return _fit(name, values.flatten(), logits.flatten())
+
+
+def _known_values(shape: tuple[int, ...]) -> Tensor:
+    """Values of either sign and of many sizes in any order, exact in every floating type."""
+    dice = torch.Generator().manual_seed(0)
+    exponents = torch.randint(*EXPONENTS, shape, generator=dice)
+    digits = torch.randint(128, 256, shape, generator=dice).double() / 128
+    signs = torch.randint(0, 2, shape, generator=dice) * 2 - 1
+    return signs * digits * 2.0**exponents
+
+
+def _fit(name: str, values: Tensor, logits: Tensor) -> tuple[float, float | None]:
+    """Scale and softcap that make logits (n,) of values (n,), to rounding."""
+    eps, logits = torch.finfo(logits.dtype).eps, logits.double()
+    small = values.abs() <= LINEAR
+    scale, softcap = (logits[small] / values[small]).mean().item(), None
+    fitted = scale * values
+    if not torch.allclose(fitted, logits, rtol=8 * eps, atol=0):
+        softcap = logits.abs().max().item()
+        fitted = softcap * torch.tanh(fitted / softcap)
+    off = ~torch.isclose(fitted, logits, rtol=8 * eps, atol=0)
+    if not 0 < scale < float("inf") or off.any():
+        k = int(off.nonzero()[0]) if off.any() else 0
+        raise InputError(
+            f"{name}: its logits are not softcap(scale * lm_head(hidden)): {values[k]:.6g} becomes "
+            f"{logits[k]:.6g}, where a scale of {scale:.6g} and a softcap of {softcap} make it "
+            f"{fitted[k]:.6g}; such a model cannot be trained here"
+        )
+    return scale, softcap

@@ -11,7 +11,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +29,7 @@ from transformers.utils import cached_file
 
 from trainer import quantized, weights
 from trainer.adapters import refuse_adapter, refuse_adapter_folder
+from trainer.backbone import checkpoint_layers
 from trainer.config import InputError, RunConfig
 from trainer.head import fuse_lm_head
 
@@ -184,7 +185,7 @@ def load_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBas
 
 
 def load_model(source: str, config: RunConfig) -> PreTrainedModel:
-    """Load a causal language model, without dropout, its head a `FusedLMHead`.
+    """Load a causal language model, its head a `FusedLMHead`.
 
     Raises:
         InputError: its weights are not those that its config describes, or cannot be trained on.
@@ -192,14 +193,11 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
     model = _load_weights(source, config)
     weights.refuse_bad_numbers(model, source)
     _keep_softcap(model)
-    _switch_noise_off(model)  # policy and reference must agree at step 0
     if config.use_liger_kernel:
         _use_liger(model)
-    if config.gradient_checkpointing:  # its older name is all that transformers 5.17 knows
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-        model.train()  # layers are checkpointed in training mode only; there is no dropout
-    return fuse_lm_head(model, config.logit_scale, config.logit_softcap)
+    if config.gradient_checkpointing:
+        checkpoint_layers(model)
+    return fuse_lm_head(model)
 
 
 def check_weights(source: str, config: RunConfig) -> None:
@@ -258,16 +256,6 @@ def _keep_softcap(model: PreTrainedModel) -> None:
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if softcap is not None and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
-
-
-def _switch_noise_off(model: PreTrainedModel) -> None:
-    """Set every rate of dropout, of skipped layers and of a router's jitter to 0."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and name.endswith(("dropout", "layerdrop", "jitter_noise")):
-                setattr(module, name, 0.0)
 
 
 def _use_liger(model: PreTrainedModel) -> None:

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from rpo_kernels import RPOOutput
 from trainer import distributed, zero3
 from trainer.config import RunConfig
+from trainer.model import PolicyOutput
 from trainer.packing import Indices, Step, pack, plan_pass
 from trainer.pairs import Split, named_pairs
 from trainer.report import RunLog, progress
@@ -30,7 +30,7 @@ except ModuleNotFoundError:  # Windows
     resource = None
 
 METRICS = (
-    "loss", "loss/dpo", "loss/sft", "rewards/accuracies", "rewards/margins",
+    "loss", "loss/dpo", "loss/sft", "loss/aux", "rewards/accuracies", "rewards/margins",
     "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logps/chosen_delta",
 )  # fmt: skip
 
@@ -38,10 +38,11 @@ METRICS = (
 COOLER = "lower learning_rate, or use dtype float32 if it is not"
 
 
-def metric_shares(out: RPOOutput, ref_logps: Tensor | None, num_pairs: int) -> Tensor:
-    """`METRICS` (10,) of a batch as its share of `num_pairs` pairs; a step's shares add up.
+def metric_shares(out: PolicyOutput, ref_logps: Tensor | None, num_pairs: int) -> Tensor:
+    """`METRICS` (11,) of a batch as its share of `num_pairs` pairs; a step's shares add up.
 
-    Without ref_logps (2B,) the last, chosen log-probs against the reference, is NaN.
+    Without ref_logps (2B,) the last, chosen log-probs against the reference, is NaN; without a
+    routers' loss that is 0.
     """
     ref = math.nan if ref_logps is None else ref_logps[: len(out.chosen_logps)]
     sums = [
@@ -51,14 +52,16 @@ def metric_shares(out: RPOOutput, ref_logps: Tensor | None, num_pairs: int) -> T
             out.chosen_logps - ref,
         )
     ]  # fmt: skip
-    scalars = [out.loss.detach(), out.dpo_loss, out.sft_loss, out.accuracy, out.margin]
+    aux = out.loss.new_zeros(()) if out.aux_loss is None else out.aux_loss
+    scalars = [out.loss.detach(), out.dpo_loss, out.sft_loss, aux, out.accuracy, out.margin]
     return torch.stack([x.float() for x in (*scalars, *sums)])
 
 
 def named(values: Tensor) -> dict[str, float]:
-    """`METRICS` (10,) by name, without those that are not defined."""
+    """`METRICS` (11,) by name, without those that are not defined."""
     pairs = zip(METRICS, values.tolist(), strict=True)
-    return {k: v for k, v in pairs if not (k == "logps/chosen_delta" and math.isnan(v))}
+    missing = {"logps/chosen_delta": math.isnan, "loss/aux": lambda v: v == 0}
+    return {k: v for k, v in pairs if not (k in missing and missing[k](v))}
 
 
 def run_step(
@@ -87,7 +90,7 @@ def run_step(
             of log-probs says that were summed in other batches.
 
     Returns:
-        `METRICS` (10,) of the step, the same on every rank.
+        `METRICS` (11,) of the step, the same on every rank.
     """
     model.train(train)  # for adapters' dropout; the model's own is off
     pairs, num_pairs = split.pairs, len(step.indices)
@@ -95,7 +98,7 @@ def run_step(
 
     shares, outcomes = torch.zeros(len(METRICS), device=accelerator.device), []
     for k, ranks in enumerate(step.micro_batches, 1):
-        batch = pack(pairs, ranks[accelerator.process_index]).to(accelerator.device)
+        batch = pack(pairs, ranks[accelerator.process_index], ranks).to(accelerator.device)
         ref = None if split.reference is None else split.reference(batch)
         waits = train and k < len(step.micro_batches)
         with distributed.no_sync(model, accelerator) if waits else contextlib.nullcontext():

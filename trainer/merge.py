@@ -113,8 +113,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--output_dir", required=True, metavar="DIR", help="where the whole model goes")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
         help="type of its weights, which are merged in float32 [float32]")  # fmt: skip
-    add("--logit_scale", type=float, help="as in training, for an architecture that is not known")
-    add("--logit_softcap", type=float, help="likewise")
     args = parser.parse_args(argv)
     try:
         merge_folder(**vars(args))
@@ -123,19 +121,18 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written: {args.output_dir}")
 
 
-def merge_folder(adapter: str, output_dir: str, dtype: str, **head: float | None) -> None:
+def merge_folder(adapter: str, output_dir: str, dtype: str) -> None:
     """Write the whole model that an adapter and its base make, with the adapter's tokenizer.
 
     Args:
         adapter: folder of the adapter.
         output_dir: a new or empty folder.
         dtype: type of the weights.
-        head: `logit_scale`, `logit_softcap`, as in training.
 
     Raises:
         InputError: no adapter, one that does not fit its base, or a folder that holds something.
     """
-    config = RunConfig(model_name_or_path=adapter, train_file=("none",), **head)
+    config = RunConfig(model_name_or_path=adapter, train_file=("none",))
     if adapter_folder(config) is None:
         raise InputError(f"adapter: expected a folder with an {ADAPTER_FILE}, got {adapter}")
     out = open_folder(output_dir)

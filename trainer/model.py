@@ -1,41 +1,49 @@
-"""The policy: its forward to the loss, and the check that packing and head changed nothing.
+"""The policy: its forward to the loss.
 
     B pairs, T packed tokens, N trained tokens, D hidden size, V vocabulary
 
     PreferenceModel.forward(batch)
-      └─ backbone (transformers)          (1, T) ids, positions, layout  ->  states (1, T, D)
-      └─ FusedLMHead.forward(hidden, ...)  N rows of them, weight (V, D)  ->  RPOOutput, no logits
+      └─ backbone (transformers)          once, packed:     (1, T) ids, positions, layout
+                                          or 2B times:      (1, t) ids of one sequence
+      └─ FusedLMHead.forward(hidden, ...)  N rows of its states, weight (V, D)  ->  no logits
 
-The loss is computed inside the forward of the module that owns the weight, so that DDP, FSDP2 and
-ZeRO-3 hooks see it used.
+Alone, a sequence runs as the model was written. The loss is computed inside the forward of the
+module that owns the weight, so that DDP, FSDP2 and ZeRO-3 hooks see it used.
+
+The model is always in evaluation mode, so dropout and every other noise of its own is off, whatever
+its name: policy and reference agree at step 0.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
+from collections import namedtuple
+from collections.abc import Iterator
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rpo_kernels import RPOOutput, linear_logprobs
+from rpo_kernels import RPOOutput
 from rpo_kernels.backends import choose_backend
 from trainer.attention import NAME as ATTENTION
-from trainer.attention import use_pair_attention
+from trainer.attention import packs
+from trainer.backbone import quiet, run_to_head
 from trainer.config import InputError, RunConfig
-from trainer.packing import Batch, pack
-from trainer.pairs import IGNORE, Pair
+from trainer.packing import Batch
+from trainer.router import balance_loss
 from trainer.samples import sample
 
 LOSS_FIELDS = (
     "beta", "eta", "sft_reduction", "scale_eta_by_beta", "label_smoothing", "loss_type",
     "max_workspace_mb", "backend",
 )  # fmt: skip
-# Relative error by type of weights. Rounding is 1e-6 in float32; a leak between sequences or a
-# missed softcap, 1e-2 and more, and on real models' scales more than bfloat16's 1e-2, too.
-HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+PolicyOutput = namedtuple("PolicyOutput", (*RPOOutput._fields, "aux_loss"))
+PolicyOutput.__doc__ = """`RPOOutput`, its loss with the routers', and that share, () or None."""
 
 
 def loss_options(config: RunConfig) -> dict[str, object]:
@@ -69,7 +77,31 @@ class PreferenceModel(nn.Module):
         self.model = model
         self.options = options
         self.offload = offload
-        self.own_attention = use_pair_attention(self.language_model)
+        model = self.language_model
+        self.own_attention = model.config._attn_implementation
+        self.packed = False
+        """Whether a batch runs as one packed row; else every sequence runs alone."""
+        self.pads = True
+        """Whether prompts of different lengths are answered together, padded on the left."""
+        self.pack(packs(model))
+        self.train(model.training)
+
+    def pack(self, packed: bool) -> None:
+        """Run batches as packed rows, or every sequence alone."""
+        if packed != self.packed:
+            self.language_model.set_attn_implementation(ATTENTION if packed else self.own_attention)
+        self.packed = packed
+
+    def train(self, mode: bool = True) -> PreferenceModel:
+        """Training mode for adapters alone, whose dropout is trained with."""
+        quiet(self)
+        self.training = mode
+        for layer in self.modules():
+            if isinstance(layer, BaseTunerLayer):
+                for name, part in layer.named_children():
+                    if name != "base_layer":
+                        part.train(mode)
+        return self
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -79,20 +111,27 @@ class PreferenceModel(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, D) that predict a packed batch's trained tokens."""
+        return torch.cat([states for states, _ in self._run(batch)])
+
+    def _run(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Of each forward of the backbone: states (n, D) of trained tokens, the routers' loss."""
         keeps = torch.autograd.graph.save_on_cpu(pin_memory=True)
         with keeps if self.offload else contextlib.nullcontext():
-            output = self.language_model.base_model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=batch.input_ids.new_ones(1, 1, 1, 1),  # stands for a finished mask
-                use_cache=False,
-                pairs=batch.layout,
-            )
-        return output.last_hidden_state[0].index_select(0, batch.rows)
+            for part in batch.passes(self.packed):
+                layout = {
+                    "position_ids": batch.position_ids,
+                    "attention_mask": part.ids.new_ones(1, 1, 1, 1),  # for a finished mask
+                    "pairs": batch.layout,
+                }
+                found = run_to_head(self.language_model, part.ids, **layout if self.packed else {})
+                aux = None
+                if getattr(found.output, "router_logits", None):
+                    aux = balance_loss(self.language_model, found.output, part.sequences)
+                yield found.hidden[0].index_select(0, part.rows), aux
 
     def forward(
         self, batch: Batch, ref_logps: Tensor | None, num_pairs: int, num_chosen_tokens: int
-    ) -> RPOOutput:
+    ) -> PolicyOutput:
         """The loss of B pairs as their share of a step's.
 
         Args:
@@ -102,12 +141,16 @@ class PreferenceModel(nn.Module):
             num_pairs: pairs of the whole step, over all micro-batches and ranks.
             num_chosen_tokens: trained tokens of the whole step's chosen responses.
         """
-        hidden = self.hidden(batch)
+        states, aux = zip(*self._run(batch), strict=True)
         head = self.language_model.get_output_embeddings()
-        return head(
-            hidden, batch.labels, cu_seqlens=batch.cu_seqlens, ref_logps=ref_logps,
+        out = head(
+            torch.cat(states), batch.labels, cu_seqlens=batch.cu_seqlens, ref_logps=ref_logps,
             num_pairs=num_pairs, num_chosen_tokens=num_chosen_tokens, **self.options,
         )  # fmt: skip
+        if None in aux:
+            return PolicyOutput(*out, None)
+        routers = torch.stack(aux).sum() / (2 * num_pairs)
+        return PolicyOutput(*out._replace(loss=out.loss + routers), routers.detach())
 
     def answer(
         self,
@@ -119,7 +162,7 @@ class PreferenceModel(nn.Module):
         """Greedy continuations of prompts, adapters included; for FSDP2 a forward as well."""
         return sample(
             self.language_model, tokenizer, prompts,
-            max_new_tokens=max_new_tokens, temperature=0.0, synced=synced,
+            max_new_tokens=max_new_tokens, temperature=0.0, synced=synced, padded=self.pads,
         )  # fmt: skip
 
 
@@ -128,61 +171,3 @@ def compile_layers(model: PreferenceModel) -> None:
     for module in model.language_model.modules():
         if isinstance(module, GradientCheckpointingLayer):  # transformers' mark of a layer
             module.compile(dynamic=True)
-
-
-@torch.no_grad()
-def check_model(model: PreferenceModel, pair: Pair) -> None:
-    """Compare a packed batch with the model's own forward, one sequence at a time.
-
-    Args:
-        model: the policy, before it is wrapped for training.
-        pair: any pair; it is packed twice into one batch, as training would.
-
-    Raises:
-        InputError: this architecture lets packed sequences see each other, attends in a way that
-            `attention` does not, or transforms its logits in another way.
-    """
-    language_model = model.language_model
-    device, name = language_model.device, type(language_model).__name__
-    tolerance = HEAD_TOLERANCE[language_model.dtype]
-    batch = pack([pair], (0, 0)).to(device)
-    try:
-        packed, ends = model.hidden(batch), batch.cu_seqlens.tolist()
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError) as error:  # of its own code, given our masks
-        raise InputError(
-            f"{name}: cannot run packed sequences: {error}; this architecture cannot be packed"
-        ) from error
-    language_model.set_attn_implementation(model.own_attention)
-    try:
-        for k, sequence in enumerate((pair.chosen, pair.chosen, pair.rejected, pair.rejected)):
-            ids = torch.as_tensor(sequence.ids, device=device)[None]
-            states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-            trained = torch.as_tensor(sequence.labels, device=device) != IGNORE
-            difference = (packed[ends[k] : ends[k + 1]] - states[trained]).norm()
-            if not difference <= tolerance * states[trained].norm():
-                raise InputError(
-                    f"{name}: packed sequences do not attend as they do alone; "
-                    "this architecture cannot be packed"
-                )
-        _check_logits(language_model, ids, states)
-    finally:
-        language_model.set_attn_implementation(ATTENTION)
-
-
-def _check_logits(language_model: PreTrainedModel, ids: Tensor, states: Tensor) -> None:
-    """Compare log-probs of the fused head with those of the model's logits on a few tokens."""
-    name, head = type(language_model).__name__, language_model.get_output_embeddings()
-    last, targets = states[-8:], ids[0, -8:]  # any token ids do as targets
-    few = "logits_to_keep" in inspect.signature(language_model.forward).parameters
-    keep = {"logits_to_keep": 8} if few else {}
-    logits = language_model(input_ids=ids, use_cache=False, **keep).logits[0, -8:]
-    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    fused = linear_logprobs(last, head.weight, targets, **head.transform())
-    if not (fused - expected).norm() <= HEAD_TOLERANCE[states.dtype] * expected.norm():
-        raise InputError(
-            f"{name}: its logits are not softcap(scale * lm_head(hidden)) with "
-            f"scale {head.logit_scale} and softcap {head.logit_softcap}; pass the right "
-            "logit_scale and logit_softcap, if there are any"
-        )

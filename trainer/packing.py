@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +40,18 @@ class Step:
         return tuple(i for ranks in self.micro_batches for indices in ranks for i in indices)
 
 
+class Pass(NamedTuple):
+    """One forward of the backbone: T tokens, packed pairs or a sequence, of which n are trained."""
+
+    ids: Tensor
+    """(1, T) int64."""
+    rows: Tensor
+    """(n,) int64, the tokens whose hidden states predict trained tokens."""
+    sequences: list[Tensor]
+    """The places (m,) of each sequence's tokens."""
+    packed: bool
+
+
 @dataclass(frozen=True)
 class Batch:
     """B packed pairs in one row; each is its prefix, the rest of chosen, the rest of rejected."""
@@ -57,11 +71,31 @@ class Batch:
     """(2B + 1,) int32, where every sequence's trained tokens start, and N."""
     indices: Indices
     """The B pairs' places in their data set."""
+    most_pairs: int = 0
+    """Pairs of the rank with the most of this micro-batch, if there are several ranks."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         names = ("input_ids", "position_ids", "rows", "labels", "cu_seqlens")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def passes(self, packed: bool) -> Iterator[Pass]:
+        """The forwards of the backbone that this batch takes: one of the row, or one a sequence.
+
+        Sequences alone are at least one, and as many as the rank with the most pairs has: what they
+        lack are single tokens that nothing is trained on.
+        """
+        sequences = self.layout.sequences()[: 2 * len(self.indices)]
+        if packed:
+            yield Pass(self.input_ids, self.rows, sequences, packed)
+            return
+        device, ends = self.input_ids.device, self.cu_seqlens.tolist()
+        for k, places in enumerate(sequences):
+            rows = self.position_ids[0, self.rows[ends[k] : ends[k + 1]]]
+            ids = self.input_ids[:, places.to(device)]
+            yield Pass(ids, rows, [torch.arange(len(places))], packed)
+        for _ in range(max(1, 2 * self.most_pairs) - len(sequences)):
+            yield Pass(self.input_ids[:, :1], self.rows[:0], [], packed)
 
 
 def _split(indices: list[int], parts: int) -> list[Indices]:
@@ -215,8 +249,11 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs.argmax()) if differs.any() else size
 
 
-def pack(pairs: list[Pair], indices: Indices) -> Batch:
-    """Pack the pairs at `indices`; no pair at all becomes one token that nothing is trained on."""
+def pack(pairs: list[Pair], indices: Indices, ranks: tuple[Indices, ...] = ()) -> Batch:
+    """Pack the pairs at `indices`; no pair at all becomes one token that nothing is trained on.
+
+    `ranks` are the pairs of every rank in the same micro-batch, where there are several.
+    """
     picked = [pairs[i] for i in indices]
     ids = [part for p in picked for part in (p.chosen.ids, p.rejected.ids[p.shared :])]
     lengths = [
@@ -240,4 +277,5 @@ def pack(pairs: list[Pair], indices: Indices) -> Batch:
         torch.cat([rows[0], *labels]),
         torch.tensor(counts).cumsum(0, dtype=torch.int32),
         indices,
+        max(map(len, (indices, *ranks))),
     )

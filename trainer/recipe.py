@@ -27,7 +27,7 @@ DATA = (
 )  # fmt: skip
 # Overriding the first on the command line drops what the recipe says of the old one.
 DESCRIBED_BY = {
-    "model_name_or_path": ("gguf_file", "logit_scale", "logit_softcap"),
+    "model_name_or_path": ("gguf_file",),
     "train_file": DATA,
     "dataset_name": DATA,
 }

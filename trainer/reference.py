@@ -28,11 +28,11 @@ from transformers import PreTrainedTokenizerBase
 from trainer import adapters, ref_cache
 from trainer.config import InputError, RunConfig
 from trainer.fit import check_fit
-from trainer.head import KNOWN
-from trainer.loading import load_model, load_tokenizer, locate_model, named, read_config
-from trainer.model import PreferenceModel, check_model
+from trainer.loading import load_model, load_tokenizer, locate_model, named
+from trainer.model import PreferenceModel
 from trainer.packing import Batch, Step, first_visits, pack
 from trainer.pairs import Split, named_pairs
+from trainer.probe import check_model
 from trainer.report import progress, say
 
 Scorer = Callable[[Batch], Tensor]
@@ -115,7 +115,7 @@ def _other_model(
 ) -> PreferenceModel:
     """`ref_model_name_or_path`, checked as the policy is, and to mean the same by every token."""
     with named("ref_model_name_or_path"):
-        own = _own_config(config, policy.language_model.config.model_type)
+        own = replace(config, model_name_or_path=config.ref_model_name_or_path, gguf_file=None)
         _check_tokens(tokenizer, load_tokenizer(locate_model(own), None), splits)
         model = _second_model(own, policy, accelerator)
         here, there = (m.get_input_embeddings().num_embeddings
@@ -124,24 +124,10 @@ def _other_model(
             raise InputError(
                 f"expected a model with the policy's vocabulary of {here} tokens, got {there}"
             )
-        check_fit(model.language_model, [p for split in splits.values() for p in split.pairs])
-        check_model(model, splits["train"].pairs[0])
+        pairs = [p for split in splits.values() for p in split.pairs]
+        check_fit(model.language_model, pairs)
+        check_model(model, pairs, config.packing)
     return model
-
-
-def _own_config(config: RunConfig, policy_type: str) -> RunConfig:
-    """What loads the other model; the logit fields tell of the policy's architecture only."""
-    own = replace(config, model_name_or_path=config.ref_model_name_or_path, gguf_file=None)
-    source = locate_model(own)
-    own_type = read_config(source).model_type
-    if own_type == policy_type:
-        return own
-    if own_type not in KNOWN:
-        raise InputError(
-            f"expected the policy's architecture {policy_type!r}, or one whose logits the trainer "
-            f"knows, got {own_type!r}"
-        )
-    return replace(own, logit_scale=None, logit_softcap=None)
 
 
 def _check_tokens(
@@ -217,7 +203,7 @@ def fill(
     for ranks in progress(rounds, title) if rounds else ():
         indices = [i for part in ranks for i in part]
         start = sum(map(len, ranks[:rank]))
-        batch = pack(split.pairs, ranks[rank]).to(device)
+        batch = pack(split.pairs, ranks[rank], ranks).to(device)
         logps = torch.zeros(len(indices), 2, device=device)
         logps[start : start + len(batch.indices)] = score(batch).view(2, -1).T
         logps = accelerator.reduce(logps, "sum").cpu()

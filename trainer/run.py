@@ -44,10 +44,11 @@ from trainer.encoding import encode_rows, use_chat_template
 from trainer.fit import check_answers, check_fit
 from trainer.loading import check_layers, load_model, load_tokenizer, locate_model, save_model
 from trainer.loop import Training, evaluate, evaluation_step, owes_evaluation, train
-from trainer.model import PreferenceModel, check_model, compile_layers, loss_options
+from trainer.model import PreferenceModel, compile_layers, loss_options
 from trainer.optimizer import check_optimizer, make_optimizer, make_schedule
 from trainer.packing import Step, cost, plan_training, regroup, share_prefixes, spread
 from trainer.pairs import Split
+from trainer.probe import check_architecture, check_model
 from trainer.recipe import parse_config
 from trainer.reference import Reference
 from trainer.samples import first_prompts, take_samples
@@ -72,20 +73,27 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     accelerator = start(config)
     config = dated(config, resumed)
     options, source = loss_options(config), locate_model(config)
+    alone = check_architecture(preview.skeleton(source, config), config.packing)
 
     tokenizer, splits = read_data(config, source)
     plans = plan(config, splits, accelerator.num_processes)
     if config.dry_run:
+        report.say(f"packing: {alone or 'measured when the weights are loaded'}")
         preview.show(config, source, tokenizer, splits, plans)
         return []
 
     policy = PreferenceModel(load_model(source, config), options, config.activation_offloading)
-    check_fit(policy.language_model, [pair for split in splits.values() for pair in split.pairs])
+    pairs = [pair for split in splits.values() for pair in split.pairs]
+    check_fit(policy.language_model, pairs)
     if "eval" in splits and config.sample_prompts:
         asked = first_prompts(splits["eval"].pairs, config.sample_prompts)
         check_answers(policy.language_model, asked, config.max_new_tokens)
     policy.to(check_device(config, sharding, accelerator))
-    check_model(policy, splits["train"].pairs[0])
+    alone = check_model(policy, pairs, config.packing)
+    report.say(f"packing: {alone or 'yes'}")
+    if alone and config.prefix_sharing:
+        forget_prefixes(splits)
+        plans = plan(config, splits, accelerator.num_processes)
     reference = Reference(config, policy, tokenizer, splits, accelerator)
     models = {"model_name_or_path": policy, "ref_model_name_or_path": reference.model}
     fingerprint = checkpoint.fingerprint(config, splits, plans["train"], models)
@@ -158,6 +166,12 @@ def read_data(config: RunConfig, source: str) -> tuple[PreTrainedTokenizerBase, 
         if config.prefix_sharing:
             splits[name].pairs = share_prefixes(splits[name].pairs)
     return tokenizer, splits
+
+
+def forget_prefixes(splits: dict[str, Split]) -> None:
+    """Count what both sequences of a pair begin with twice, as it is computed twice."""
+    for split in splits.values():
+        split.pairs = [replace(pair, shared=0) for pair in split.pairs]
 
 
 def open_log(

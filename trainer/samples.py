@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from trainer.backbone import quiet
 from trainer.config import RunConfig
 from trainer.fit import check_answers
 from trainer.pairs import IGNORE, Pair, Split
+from trainer.rounding import MARGIN, difference_of, in_float32, last_digits
 
 
 def sample(
@@ -26,6 +28,7 @@ def sample(
     temperature: float,
     top_p: float = 1.0,
     synced: bool = False,
+    padded: bool = True,
 ) -> list[list[int]]:
     """Continue a batch of prompts; the model's own sampling defaults are not used.
 
@@ -37,6 +40,7 @@ def sample(
         temperature: 0 is greedy; 1 with `top_p` 1 draws from the model's own distribution.
         top_p: share of the probability mass that is drawn from.
         synced: whether all ranks run the same number of forward passes, as sharded weights need.
+        padded: whether prompts of different lengths run together (`pads_exactly`).
 
     Returns:
         B lists of new token ids, each with its end token, if it came.
@@ -45,6 +49,10 @@ def sample(
         InputError: an answer could end beyond the model's table of positions.
     """
     check_answers(model, prompts, max_new_tokens)
+    if not padded and len({*map(len, prompts)}) > 1:
+        how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        alone = [sample(model, tokenizer, [prompt], synced=synced, **how) for prompt in prompts]
+        return [answer for [answer] in alone]
     defaults = model.generation_config
     own = defaults.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
@@ -66,6 +74,40 @@ def sample(
     finally:  # they are saved with the model
         model.generation_config = defaults
     return [_until_end(row, ends) for row in output[:, longest:].tolist()]
+
+
+@torch.no_grad()
+def pads_exactly(model: PreTrainedModel) -> bool:
+    """Whether prompts that are padded on the left are answered as they are alone: measured."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    long = [(7 * k + 3) % vocabulary for k in range(12)]
+    short = long[3:8]
+    together = torch.tensor([[0] * (len(long) - len(short)) + short, long], device=model.device)
+    seen = torch.ones_like(together)
+    seen[0, : len(long) - len(short)] = 0
+    alone = together[:1, -len(short) :]
+    quiet(model)
+    try:
+        with in_float32(model):
+            wanted = _first_logits(model, alone, torch.ones_like(alone))
+            found = _first_logits(model, together, seen)[:1]
+            with last_digits(model):
+                noise = difference_of(_first_logits(model, alone, torch.ones_like(alone)), wanted)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError):
+        return False
+    return difference_of(found, wanted) <= MARGIN * noise
+
+
+def _first_logits(model: PreTrainedModel, ids: Tensor, seen: Tensor) -> Tensor:
+    """Logits (B, V) of the first new token."""
+    defaults, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
+    try:
+        return model.generate(
+            input_ids=ids, attention_mask=seen, max_new_tokens=1, do_sample=False,
+            output_logits=True, return_dict_in_generate=True,
+        ).logits[0]  # fmt: skip
+    finally:
+        model.generation_config = defaults
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:

@@ -25,7 +25,7 @@ from trainer.encoding import added_end
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.prompts import Prompt, read_prompts
 from trainer.evaluation.records import JsonlLog
-from trainer.samples import sample
+from trainer.samples import pads_exactly, sample
 
 COLDEST = 1e-6  # lower ones are greedy too, and overflow
 
@@ -64,7 +64,6 @@ def generate(
     output_dir: str,
     sampling: Sampling,
     chat: ChatOptions | None = None,
-    **head: float | None,
 ) -> list[Path]:
     """Write `NAME.jsonl` with the answers of every model, in FastChat's format.
 
@@ -75,7 +74,6 @@ def generate(
         sampling: how answers are drawn.
         chat: what chat templates are told beside the messages; without a day, that of the answers
             that are there already, or today.
-        head: `logit_scale`, `logit_softcap`, as in training, for an architecture that is not known.
 
     Returns:
         The answer files.
@@ -83,7 +81,7 @@ def generate(
     Raises:
         InputError: unusable prompts or models, or answers in the folder that were drawn otherwise.
     """
-    todo, sources = read_prompts(prompts), named_sources(models, head)
+    todo, sources = read_prompts(prompts), named_sources(models)
     folder = open_folder(output_dir)
     paths = {name: folder / f"{name}.jsonl" for name in sources}
     chat = chat or ChatOptions()
@@ -133,10 +131,11 @@ def answer_all(
     if not starts:
         return
     model, tokenizer = open_model(source, file)
+    padded = pads_exactly(model)
     for start in tqdm(starts, f"generating {name}", dynamic_ncols=True):
         batch = prompts[start : start + size]
         torch.manual_seed(sampling.seed * 1_000_003 + start)
-        answers = answer(model, tokenizer, batch, sampling, chat)
+        answers = answer(model, tokenizer, batch, sampling, chat, padded)
         log.append(
             [
                 {
@@ -158,8 +157,9 @@ def answer(
     batch: list[Prompt],
     sampling: Sampling,
     options: ChatOptions | None = None,
+    padded: bool = True,
 ) -> list[list[str]]:
-    """The answers to every turn of a batch of prompts, turn after turn."""
+    """The answers to every turn of a batch of prompts, padded to one length, turn after turn."""
     answers: list[list[str]] = [[] for _ in batch]
     chat = Chat(tokenizer, options or ChatOptions())
     for turn in range(1 + max(len(prompt.follow_ups) for prompt in batch)):
@@ -171,6 +171,7 @@ def answer(
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            padded=padded,
         )
         for k, ids in zip(active, texts, strict=True):
             answers[k].append(tokenizer.decode(ids, skip_special_tokens=True).strip())

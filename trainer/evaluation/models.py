@@ -19,15 +19,10 @@ class Source:
     """Where a model or an adapter is: a folder, hub id or `package:NAME`, perhaps `/FILE.gguf`."""
 
     path: str
-    logit_scale: float | None = None
-    """As in the trainer's config: of lm_head's output, for an architecture it does not know."""
-    logit_softcap: float | None = None
-    """Likewise."""
 
     def config(self, file: str) -> RunConfig:
         """The trainer's config for this model and a data file."""
-        head = {"logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
-        return merge.at(self.path, RunConfig(self.path, train_file=(file,), **head))
+        return merge.at(self.path, RunConfig(self.path, train_file=(file,)))
 
     def state(self) -> list[tuple[str, int, int]]:
         """Names, sizes and times of a folder's files: they change when it is trained again.
@@ -66,12 +61,11 @@ def chat_options(kwargs: str | None, date: str | None) -> ChatOptions:
     return ChatOptions(config.chat_template_kwargs or {}, config.date)
 
 
-def named_sources(models: dict[str, str], head: dict[str, float | None]) -> dict[str, Source]:
+def named_sources(models: dict[str, str]) -> dict[str, Source]:
     """Sources by name; a name becomes a file name.
 
     Args:
         models: paths by name.
-        head: `logit_scale` and `logit_softcap` of all of them, or nothing.
 
     Raises:
         InputError: no model, or a name that is no file name.
@@ -81,4 +75,4 @@ def named_sources(models: dict[str, str], head: dict[str, float | None]) -> dict
             raise InputError(f"models: {name!r} cannot be a file name; use NAME=PATH")
     if not models:
         raise InputError("models: expected NAME=PATH, got nothing")
-    return {name: Source(path, **head) for name, path in models.items()}
+    return {name: Source(path) for name, path in models.items()}

@@ -31,10 +31,11 @@ from trainer.encoding import Encoder
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.records import replace_text, write_json
 from trainer.fit import check_answers, check_fit
-from trainer.model import PreferenceModel, check_model
+from trainer.model import PreferenceModel
 from trainer.packing import pack, share_prefixes
 from trainer.pairs import IGNORE, Pair, Sequence
-from trainer.samples import first_prompts, sample
+from trainer.probe import check_model
+from trainer.samples import first_prompts, pads_exactly, sample
 from trainer.sources import read_rows
 from trainer.truncation import Limits
 
@@ -53,8 +54,6 @@ def score(
     seed: int,
     chat: ChatOptions | None = None,
     columns: Columns | None = None,
-    logit_scale: float | None = None,
-    logit_softcap: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """Write `scores.json` (means) and `scores.jsonl` (a line per model and pair).
 
@@ -71,7 +70,6 @@ def score(
         seed: of these draws.
         chat: what chat templates are told beside the messages.
         columns: where prompt, chosen and rejected are.
-        logit_scale, logit_softcap: as in training, for an architecture that is not known.
 
     Returns:
         What `scores.json` holds: metrics by model.
@@ -84,15 +82,14 @@ def score(
     ):  # fmt: skip
         if not least <= value < math.inf:
             raise InputError(f"{name}: expected a finite number >= {least}, got {value}")
-    head = {"logit_scale": logit_scale, "logit_softcap": logit_softcap}
-    sources, folder = named_sources(models, head), open_folder(output_dir)
-    model, tokenizer = open_model(Source(reference, **head), data[0])
+    sources, folder = named_sources(models), open_folder(output_dir)
+    model, tokenizer = open_model(Source(reference), data[0])
     chat = chat or ChatOptions()
     chat = replace(chat, date=chat.date or today())  # it may change while models are scored
     places, pairs = read_pairs(data, tokenizer, max_length, chat, columns)
     base = PreferenceModel(model, {})
     check_fit(model, pairs)
-    check_model(base, pairs[0])
+    check_model(base, pairs)
     ref_logps = score_pairs(base, pairs, batch_size, "reference")
     results, lines = {}, []
     for name, source in sources.items():
@@ -105,7 +102,7 @@ def score(
         drawn = draw_pairs(model, tokenizer, prompts, kl_tokens, batch_size, name)
         policy = PreferenceModel(model, {})
         check_fit(model, pairs)
-        check_model(policy, pairs[0])
+        check_model(policy, pairs)
         logps = score_pairs(policy, pairs, batch_size, name)
         results[name] = summarize(pairs, logps, ref_logps, beta)
         if drawn:
@@ -174,11 +171,18 @@ def draw_pairs(
     name: str,
 ) -> list[Pair]:
     """Two answers of the model to every prompt, drawn at temperature 1, as one pair."""
-    pairs = []
+    pairs, padded = [], pads_exactly(model)
     for start in tqdm(range(0, len(prompts), batch_size), f"sampling {name}", dynamic_ncols=True):
         batch = [list(ids) for ids in prompts[start : start + batch_size]]
         draws = [
-            sample(model, tokenizer, batch, max_new_tokens=max_new_tokens, temperature=1.0)
+            sample(
+                model,
+                tokenizer,
+                batch,
+                max_new_tokens=max_new_tokens,
+                temperature=1.0,
+                padded=padded,
+            )
             for _ in range(2)
         ]
         for prompt, *answers in zip(batch, *draws, strict=True):
