@@ -44,9 +44,9 @@ TRL: dict[str, bool] = {BASE: True, "TRL, reference online": False}
 
 def prepare(folder: Path, steps: int, smoke: bool) -> None:
     """The model as a folder; the pairs as two files: ours, and TRL's in the order of our plan."""
-    from trainer.loading import load_model, load_tokenizer, locate_model, save_model
-    from trainer.packing import plan_training
-    from trainer.recipe import parse_config
+    from trainer.config.recipe import parse_config
+    from trainer.data.batches import plan_training
+    from trainer.model.loading import load_model, load_tokenizer, locate_model, save_model
 
     config = parse_config([])  # the default recipe's model
     place = locate_model(config)
@@ -93,7 +93,7 @@ def end_at_end_token(template: str) -> str:
 
 def run_ours(name: str, dtype: str, folder: Path, threads: int) -> tuple[list[float], list[float]]:
     """``(seconds, losses)`` of every step of our trainer."""
-    from trainer.config import RunConfig
+    from trainer.config.fields import RunConfig
     from trainer.run import run
 
     options = {"per_device_train_batch_size": PER_STEP} | OURS[name]

@@ -6,10 +6,10 @@ import torch
 from accelerate import Accelerator
 from trainer_tiny import as_split, shifted_reference, tiny_model, tiny_policy, tiny_split
 
-from trainer import distributed
+from trainer.data.batches import plan_pass
 from trainer.loop import run_step
-from trainer.packing import plan_pass
-from trainer.probe import check_model
+from trainer.model.probe import check_model
+from trainer.parallel import distributed
 
 EXPERTS = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.3}
 MODELS = {

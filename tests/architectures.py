@@ -22,9 +22,9 @@ from trainer_tiny import rpo_by_hand, shifted_reference, tiny_config, tiny_polic
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
 
-from trainer.config import InputError
-from trainer.packing import pack, share_prefixes
-from trainer.probe import check_model
+from trainer.data.batches import pack, share_prefixes
+from trainer.errors import InputError
+from trainer.model.probe import check_model
 
 TABLE = Path(__file__).resolve().parent.parent / "trainer" / "ARCHITECTURES.md"
 PAIRS, SECONDS = 3, 120

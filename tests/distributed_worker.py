@@ -23,11 +23,12 @@ from trainer_tiny import (
     tiny_split,
 )
 
-from trainer import distributed, run, zero3
-from trainer.backbone import checkpoint_layers
+from trainer import run
+from trainer.config.recipe import parse_config
+from trainer.data.batches import Step, pack, plan_pass
 from trainer.loop import run_step
-from trainer.packing import Step, pack, plan_pass
-from trainer.recipe import parse_config
+from trainer.model.backbone import checkpoint_layers
+from trainer.parallel import distributed, zero3
 
 # Seven pairs in two uneven passes; one pair, so that a rank has none; passes without any pair.
 STEPS = {

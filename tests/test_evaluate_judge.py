@@ -14,8 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from trainer_tiny import save_tiny, write_jsonl
 
-from trainer.config import ROOT, InputError
+from trainer.errors import InputError
 from trainer.evaluate import main
+from trainer.paths import ROOT
 
 pytest.importorskip("openai", reason="pip install 'rpo-kernels[eval]'")
 

@@ -19,12 +19,12 @@ from trainer_tiny import (
 )
 from transformers import AutoModelForCausalLM
 
-from trainer.config import InputError
+from trainer.errors import InputError
 from trainer.evaluate import main
 from trainer.evaluation.generate import Sampling, generate
 from trainer.evaluation.prompts import read_prompts
 from trainer.evaluation.score import draw_pairs, kl_estimate, score
-from trainer.samples import first_prompts, sample
+from trainer.model.generate import first_prompts, sample
 
 SCORE = {
     "beta": 0.5,

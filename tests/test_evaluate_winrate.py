@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from trainer_tiny import write_jsonl
 
-from trainer.config import ROOT, InputError
+from trainer.errors import InputError
 from trainer.evaluate import main
 from trainer.evaluation.judgments import Comparison
 from trainer.evaluation.winrate import controlled_rate, describe, question_draws, winrate
+from trainer.paths import ROOT
 
 OPTIONS = {"answers": [], "rename": {}, "samples": 200, "seed": 0}
 

@@ -33,10 +33,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import report, trl_integration
 from benchmarks.environment import describe
+from trainer.data.batches import Split, Step
+from trainer.data.pairs import IGNORE, Pair, Sequence
 from trainer.loop import run_step
-from trainer.packing import Step
-from trainer.pairs import IGNORE, Pair, Sequence, Split
-from trainer.reference import lookup
+from trainer.reference.modes import lookup
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")

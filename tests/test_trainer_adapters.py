@@ -27,17 +27,18 @@ from trainer_tiny import (
 )
 from transformers import AutoModelForCausalLM
 
-from trainer import head, run
-from trainer.adapters import add_adapters, quantization, switched_off
-from trainer.config import InputError
-from trainer.distributed import shard
-from trainer.head import fuse_lm_head
-from trainer.loading import load_model
+from trainer import run
+from trainer.config.recipe import parse_config
+from trainer.data.batches import Step, pack
+from trainer.errors import InputError
 from trainer.loop import run_step
-from trainer.packing import Step, pack
-from trainer.recipe import parse_config
-from trainer.ref_cache import model_key
-from trainer.reference import lookup, scorer
+from trainer.model import head
+from trainer.model.adapters import add_adapters, quantization, switched_off
+from trainer.model.head import fuse_lm_head
+from trainer.model.loading import load_model
+from trainer.parallel.distributed import shard
+from trainer.reference.cache import model_key
+from trainer.reference.modes import lookup, scorer
 
 STEP = Step((((0, 1),),))
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")

@@ -15,9 +15,9 @@ from architectures import tiny
 from trainer_tiny import record, relative, tiny_model, tiny_tokenizer, write_jsonl
 
 from trainer import run
-from trainer.config import InputError
-from trainer.recipe import parse_config
-from trainer.samples import pads_exactly, sample
+from trainer.config.recipe import parse_config
+from trainer.errors import InputError
+from trainer.model.generate import pads_exactly, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 LFM2 = MODELS["lfm2"]

@@ -9,13 +9,14 @@ from trainer_tiny import ANSWER, GOOD, TALK, USER, tiny_config
 
 from rpo_kernels import fused_rpo_loss
 from rpo_kernels.losses import LOSSES
-from trainer.config import InputError, RunConfig
-from trainer.data import BadRows
-from trainer.files import read_file
-from trainer.loading import locate_model
-from trainer.model import loss_options
-from trainer.recipe import parse_config
-from trainer.sources import check_rows
+from trainer.config.fields import RunConfig
+from trainer.config.recipe import parse_config
+from trainer.data.files import read_file
+from trainer.data.rows import BadRows
+from trainer.data.sources import check_rows
+from trainer.errors import InputError
+from trainer.model.loading import locate_model
+from trainer.model.policy import loss_options
 
 
 def fields(values, _):

@@ -12,17 +12,17 @@ from trainer_tiny import CHATML, record, save_tiny, tiny_tokenizer, write_jsonl
 from transformers.utils import chat_template_utils
 
 from trainer import run
-from trainer.chat import Chat, ChatOptions
-from trainer.clock import today
-from trainer.config import InputError
-from trainer.data import BadRow, BadRows, check_record
-from trainer.encoding import Encoder, encode_rows, string_warnings
+from trainer.config.recipe import parse_config
+from trainer.data.chat import Chat, ChatOptions
+from trainer.data.clock import today
+from trainer.data.encoding import Encoder, encode_rows, string_warnings
+from trainer.data.rows import BadRow, BadRows, check_record
+from trainer.data.truncation import Limits
+from trainer.errors import InputError
 from trainer.evaluation import generate
 from trainer.evaluation.generate import prompt_ids
 from trainer.evaluation.prompts import Prompt
 from trainer.preview import marked
-from trainer.recipe import parse_config
-from trainer.truncation import Limits
 
 # Templates are named by what they do. Turns are written [U]...[E] and [A]...[E], to be short.
 SPECIALS = ("<|endoftext|>", "[S]", "[U]", "[A]", "[E]")

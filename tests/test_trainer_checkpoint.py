@@ -18,9 +18,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from trainer_tiny import assert_same_run, nudged, record, save_tiny, tiny_llama, write_jsonl
 
 from trainer import run
-from trainer.config import InputError
-from trainer.recipe import parse_config
-from trainer.report import RunLog
+from trainer.config.recipe import parse_config
+from trainer.errors import InputError
+from trainer.output import RunLog
 from trainer.stop import Stopped, StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent

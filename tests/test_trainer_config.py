@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
-from trainer.config import RunConfig, field_docs
-from trainer.recipe import DEFAULT_RECIPE, parse_config
+from trainer.config.fields import RunConfig, field_docs
+from trainer.config.recipe import DEFAULT_RECIPE, parse_config
 
 TRAINER = DEFAULT_RECIPE.parent.parent
 

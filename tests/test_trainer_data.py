@@ -10,17 +10,18 @@ import pytest
 from tokenizers import processors
 from trainer_tiny import ANSWER, CHATML, GOOD, TALK, USER, chat, record, tiny_tokenizer, write_jsonl
 
-from trainer.columns import Columns
-from trainer.config import InputError, RunConfig
-from trainer.data import BadRows, check_record
-from trainer.encoding import encode_rows, use_chat_template
+from trainer.config.fields import RunConfig
+from trainer.config.recipe import parse_config
+from trainer.data.columns import Columns
+from trainer.data.encoding import encode_rows, use_chat_template
+from trainer.data.files import read_file
+from trainer.data.pairs import IGNORE
+from trainer.data.rows import BadRows, check_record
+from trainer.data.sources import check_rows, hold_out, read_splits, weigh
+from trainer.data.truncation import Limits
+from trainer.errors import InputError
 from trainer.evaluation.generate import prompt_ids
 from trainer.evaluation.prompts import Prompt
-from trainer.files import read_file
-from trainer.pairs import IGNORE
-from trainer.recipe import parse_config
-from trainer.sources import check_rows, hold_out, read_splits, weigh
-from trainer.truncation import Limits
 
 
 def read_rows(files, bad):

@@ -41,9 +41,10 @@ from trainer_tiny import (
 )
 from transformers import AutoModelForCausalLM
 
-from trainer import distributed, run
-from trainer.config import InputError
-from trainer.recipe import parse_config
+from trainer import run
+from trainer.config.recipe import parse_config
+from trainer.errors import InputError
+from trainer.parallel import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")

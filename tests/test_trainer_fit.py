@@ -5,11 +5,11 @@ import torch
 from trainer_tiny import record, tiny_model, tiny_split, tiny_tokenizer, write_jsonl
 
 from trainer import run
-from trainer.config import InputError
+from trainer.config.recipe import parse_config
+from trainer.errors import InputError
 from trainer.evaluation.generate import Sampling, generate
 from trainer.evaluation.score import score
-from trainer.fit import check_fit
-from trainer.recipe import parse_config
+from trainer.model.fit import check_fit
 
 
 def longrope(limit):

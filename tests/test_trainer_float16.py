@@ -22,12 +22,13 @@ from trainer_tiny import (
     true_step,
 )
 
-from trainer import checkpoint, distributed
-from trainer.config import InputError
-from trainer.loading import check_layers
+from trainer import checkpoint
+from trainer.data.batches import plan_training
+from trainer.errors import InputError
 from trainer.loop import Training, mean_row, run_step, take_step
+from trainer.model.loading import check_layers
 from trainer.optimizer import make_optimizer, make_schedule
-from trainer.packing import plan_training
+from trainer.parallel import distributed
 
 FIELDS = {"eta": 5000.0, "lr_scheduler_type": "linear", "warmup_ratio": 0.0, "weight_decay": 0.1}
 

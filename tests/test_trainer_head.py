@@ -16,13 +16,13 @@ from trainer_tiny import (
 )
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from trainer.config import InputError
-from trainer.head import FusedLMHead, fuse_lm_head
-from trainer.loading import save_model
+from trainer.data.batches import Step
+from trainer.errors import InputError
 from trainer.loop import run_step
-from trainer.packing import Step
-from trainer.probe import check_model
-from trainer.reference import lookup
+from trainer.model.head import FusedLMHead, fuse_lm_head
+from trainer.model.loading import save_model
+from trainer.model.probe import check_model
+from trainer.reference.modes import lookup
 
 STEP = Step((((0, 1),),))
 REFERENCE = shifted_reference(2)

@@ -20,12 +20,12 @@ from trainer_tiny import (
     tiny_split,
 )
 
-from trainer import loading
-from trainer.config import InputError
-from trainer.loading import check_layers, load_model
-from trainer.model import PreferenceModel, compile_layers, loss_options
-from trainer.packing import pack, share_prefixes
-from trainer.probe import check_model
+from trainer.data.batches import pack, share_prefixes
+from trainer.errors import InputError
+from trainer.model import loading
+from trainer.model.loading import check_layers, load_model
+from trainer.model.policy import PreferenceModel, compile_layers, loss_options
+from trainer.model.probe import check_model
 
 
 def kept_and_gradient(policy):

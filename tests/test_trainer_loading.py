@@ -17,10 +17,10 @@ from trainer_tiny import (
 )
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from trainer import loading
-from trainer.config import InputError
+from trainer.errors import InputError
 from trainer.evaluate import main
-from trainer.loading import check_weights, load_model, locate_model
+from trainer.model import loading
+from trainer.model.loading import check_weights, load_model, locate_model
 from trainer.run import run
 
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -22,9 +22,9 @@ from trainer_tiny import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import evaluate, merge
-from trainer.config import InputError
+from trainer.config.recipe import parse_config
+from trainer.errors import InputError
 from trainer.evaluation.models import Source, open_model
-from trainer.recipe import parse_config
 from trainer.run import run
 
 PROMPT = torch.tensor([[5, 6, 7]])

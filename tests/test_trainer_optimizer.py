@@ -12,10 +12,10 @@ from torch import nn
 from trainer_tiny import record, save_tiny, tiny_config, tiny_model, write_jsonl
 
 from trainer import run
-from trainer.config import InputError
+from trainer.config.recipe import parse_config
+from trainer.errors import InputError
 from trainer.optimizer import check_optimizer, make_optimizer
 from trainer.preview import state_bytes
-from trainer.recipe import parse_config
 
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
 NEEDS_BITSANDBYTES = pytest.mark.skipif(

@@ -16,12 +16,13 @@ from trainer_tiny import (
 )
 from transformers import AttentionInterface
 
-from trainer import attention
-from trainer.attention import PairLayout, pair_attention
-from trainer.config import InputError
-from trainer.packing import pack, share_prefixes
-from trainer.pairs import IGNORE, Pair, Sequence
-from trainer.probe import check_model
+from trainer.data.batches import pack, share_prefixes
+from trainer.data.layout import PairLayout
+from trainer.data.pairs import IGNORE, Pair, Sequence
+from trainer.errors import InputError
+from trainer.model import attention
+from trainer.model.attention import pair_attention
+from trainer.model.probe import check_model
 
 KINDS = [
     "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gemma3",

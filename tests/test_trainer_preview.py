@@ -9,9 +9,9 @@ from trainer_tiny import SIZES, record, save_tiny, tiny_split, tiny_tokenizer, w
 from transformers import AutoConfig
 
 from trainer import run
-from trainer.config import InputError
+from trainer.config.recipe import parse_config
+from trainer.errors import InputError
 from trainer.preview import histogram, marked, memory_plan, steps_plan
-from trainer.recipe import parse_config
 
 
 def test_trained_tokens_are_marked():

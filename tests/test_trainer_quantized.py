@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from trainer_tiny import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from trainer.config import InputError
-from trainer.loading import check_weights, load_model, locate_model
+from trainer.errors import InputError
+from trainer.model.loading import check_weights, load_model, locate_model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 192, "tie_word_embeddings": False}
 F8 = torch.float8_e4m3fn
@@ -226,7 +226,7 @@ def test_4_bits_stay_4_bits_for_qlora(tmp_path, monkeypatch):
     fields = {"use_peft": True, "load_in_4bit": True}
     with pytest.raises(InputError, match="load_in_4bit: needs a GPU"):
         load(tmp_path, **fields)
-    monkeypatch.setattr("trainer.quantized.quantization", lambda config: None)  # its checks
+    monkeypatch.setattr("trainer.model.quantized.quantization", lambda config: None)  # its checks
     model = load(tmp_path, **fields)
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     state = model.model.layers[0].mlp.up_proj.compute_dtype

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from trainer.config import ROOT
+from trainer.paths import ROOT
 
 FOLDER = ROOT / "trainer"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -15,9 +15,11 @@ STOPS = [x for x in re.findall(r"`(\w+)\.([A-Za-z_.]+)`", BATCH) if x != ("metri
 
 @pytest.mark.parametrize(("module", "name"), STOPS)
 def test_the_way_of_a_batch_leads_through_what_exists(module, name):
-    found = importlib.import_module(module if module == "rpo_kernels" else f"trainer.{module}")
+    path = module if module == "rpo_kernels" else f"trainer.{module}"
+    found = importlib.import_module(path)
     for attribute in name.split("."):
-        found = getattr(found, attribute)
+        path = f"{path}.{attribute}"
+        found = getattr(found, attribute, None) or importlib.import_module(path)
     assert callable(found)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from trainer_tiny import tiny_config
 
+from trainer.config.recipe import DEFAULT_RECIPE, parse_config
 from trainer.optimizer import make_optimizer, make_schedule
-from trainer.recipe import DEFAULT_RECIPE, parse_config
 
 GPUS = 8
 COMMON = {

@@ -29,12 +29,13 @@ from trainer_tiny import (
     write_jsonl,
 )
 
-from trainer import ref_cache, reference, run
-from trainer.config import InputError
-from trainer.packing import Step, pack, plan_pass, share_prefixes
-from trainer.recipe import parse_config
-from trainer.ref_cache import ROW, Table, data_key, model_key
-from trainer.reference import TOLERANCE, Reference, fill, scorer
+from trainer import run
+from trainer.config.recipe import parse_config
+from trainer.data.batches import Step, pack, plan_pass, share_prefixes
+from trainer.errors import InputError
+from trainer.reference import cache, modes
+from trainer.reference.cache import ROW, Table, data_key, model_key
+from trainer.reference.modes import TOLERANCE, Reference, fill, scorer
 
 PAIRS = 10
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
@@ -64,7 +65,7 @@ def train(folder, tmp_path, monkeypatch, capsys):
     def train(*words):
         computed = []
         monkeypatch.setattr(
-            reference, "progress", lambda r, title: [computed.append(x) or x for x in r]
+            modes, "progress", lambda r, title: [computed.append(x) or x for x in r]
         )
         number = len(list(tmp_path.glob("out*")))
         own = [
@@ -244,7 +245,7 @@ def test_an_untrained_policy_ties_whatever_batch_filled_the_table(
         table = np.memmap(path, ROW, "r+")
         for i, row in enumerate(table):
             row["logps"] *= 1 + noise * random.choice([-1, 1], 2)
-            row["check"] = ref_cache._check(i, row["logps"])
+            row["check"] = cache._check(i, row["logps"])
         table.flush()
     rows, computed, _ = train(*words)
     assert computed == []
@@ -348,7 +349,7 @@ def test_a_broken_table_is_rebuilt_with_a_warning(damage, warning, train, tmp_pa
     else:  # well formed, but from another function: what a change of numerics would leave
         for i in range(PAIRS):
             table["logps"][i] += 0.1
-            table["check"][i] = ref_cache._check(i, table["logps"][i])
+            table["check"][i] = cache._check(i, table["logps"][i])
     table.flush()
     again, computed, text = train()
     assert "warning" in text and re.search(warning, text)

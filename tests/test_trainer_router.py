@@ -13,10 +13,10 @@ from trainer_tiny import (
     tiny_split,
 )
 
+from trainer.data.batches import Step, share_prefixes
 from trainer.loop import named, run_step
-from trainer.packing import Step, share_prefixes
-from trainer.probe import check_model
-from trainer.reference import lookup
+from trainer.model.probe import check_model
+from trainer.reference.modes import lookup
 
 COUNT, COEFFICIENT = 4, 0.3
 STEPS = [

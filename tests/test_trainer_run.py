@@ -16,10 +16,10 @@ import yaml
 from trainer_tiny import EPS, GOOD, assert_same_run, nudged, record, save_tiny, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer import card, report, run
-from trainer.config import InputError
-from trainer.loading import load_tokenizer
-from trainer.recipe import parse_config
+from trainer import card, output, run
+from trainer.config.recipe import parse_config
+from trainer.errors import InputError
+from trainer.model.loading import load_tokenizer
 from trainer.run import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +129,7 @@ def test_trackers_that_are_missing_or_unknown_are_refused(tiny, tmp_path, monkey
         parse_config([*tiny, "--report_to", "mlflow"])
     (tmp_path / "wandb").mkdir()  # as wandb itself leaves one where it runs
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(report, "get_available_trackers", lambda: [])
+    monkeypatch.setattr(output, "get_available_trackers", lambda: [])
     with pytest.raises(InputError, match="report_to: wandb is not installed; run: pip install wa"):
         run.run(parse_config([*tiny, "--report_to", "wandb"]))
 
@@ -336,7 +336,7 @@ def test_two_processes_train_as_one(finished, tiny, tmp_path):
 )
 def test_the_default_model_s_tokenizer_is_complete():
     """What is read from GGUF: template, end of turn, and text that survives a round trip."""
-    from trainer.loading import locate_model
+    from trainer.model.loading import locate_model
 
     config = parse_config([])
     tokenizer = load_tokenizer(locate_model(config), config.gguf_file)

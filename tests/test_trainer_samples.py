@@ -20,12 +20,12 @@ from trainer_tiny import (
 )
 
 from trainer import run
-from trainer.config import InputError
-from trainer.head import fuse_lm_head
+from trainer.config.recipe import parse_config
+from trainer.data.batches import plan_pass
+from trainer.errors import InputError
 from trainer.loop import run_step
-from trainer.packing import plan_pass
-from trainer.recipe import parse_config
-from trainer.samples import first_prompts, take_samples
+from trainer.model.generate import first_prompts, take_samples
+from trainer.model.head import fuse_lm_head
 
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
 

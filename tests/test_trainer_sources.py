@@ -8,14 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 from trainer_tiny import ANSWER, GOOD, TALK, USER, chat, record, tiny_tokenizer, write_jsonl
 
-from trainer.columns import Columns
-from trainer.config import InputError, RunConfig
-from trainer.data import BadRow, BadRows, check_record
-from trainer.encoding import encode_rows
-from trainer.files import find_files, read_file
-from trainer.recipe import parse_config
-from trainer.sources import read_rows, read_splits
-from trainer.truncation import Limits
+from trainer.config.fields import RunConfig
+from trainer.config.recipe import parse_config
+from trainer.data.columns import Columns
+from trainer.data.encoding import encode_rows
+from trainer.data.files import find_files, read_file
+from trainer.data.rows import BadRow, BadRows, check_record
+from trainer.data.sources import read_rows, read_splits
+from trainer.data.truncation import Limits
+from trainer.errors import InputError
 
 NO = chat("", "no")[1]
 TEXTS = {"chosen": " 4", "rejected": " 5"}

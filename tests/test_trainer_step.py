@@ -24,9 +24,7 @@ from trainer_tiny import (
     true_step,
 )
 
-from trainer.config import InputError
-from trainer.loop import METRICS, check_finite, evaluate, evaluation_step, named, run_step
-from trainer.packing import (
+from trainer.data.batches import (
     ATTENTION_TOKENS,
     Step,
     cost,
@@ -37,8 +35,10 @@ from trainer.packing import (
     regroup,
     spread,
 )
-from trainer.pairs import Pair, Sequence
-from trainer.reference import lookup
+from trainer.data.pairs import Pair, Sequence
+from trainer.errors import InputError
+from trainer.loop import METRICS, check_finite, evaluate, evaluation_step, named, run_step
+from trainer.reference.modes import lookup
 from trainer.run import plan
 
 LN2 = math.log(2)

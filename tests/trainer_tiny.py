@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from trainer.config import RunConfig
-from trainer.data import BadRows, check_record
-from trainer.encoding import encode_rows
-from trainer.head import FusedLMHead, fuse_lm_head
+from trainer.config.fields import RunConfig
+from trainer.data.batches import Split
+from trainer.data.encoding import encode_rows
+from trainer.data.pairs import IGNORE
+from trainer.data.rows import BadRows, check_record
+from trainer.data.truncation import Limits
 from trainer.loop import METRICS
-from trainer.model import PreferenceModel, loss_options
-from trainer.pairs import IGNORE, Split
-from trainer.ref_cache import Table
-from trainer.reference import fill, lookup, scorer
-from trainer.truncation import Limits
+from trainer.model.head import FusedLMHead, fuse_lm_head
+from trainer.model.policy import PreferenceModel, loss_options
+from trainer.reference.cache import Table
+from trainer.reference.modes import fill, lookup, scorer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -9,8 +9,9 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi
 
-from trainer.config import RunConfig
-from trainer.report import PLOT_FILE, SHOWN, say, summary
+from trainer.config.fields import RunConfig
+from trainer.console import say
+from trainer.output import PLOT_FILE, SHOWN, summary
 
 
 def write_card(

@@ -32,14 +32,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from trainer import zero3
-from trainer.config import InputError, RunConfig
+from trainer.config.fields import RunConfig
+from trainer.console import say
+from trainer.data.batches import Split, Step
+from trainer.errors import InputError
 from trainer.loop import Training
-from trainer.model import PreferenceModel
-from trainer.packing import Step
-from trainer.pairs import Split
-from trainer.ref_cache import data_key, weights_key
-from trainer.report import say
+from trainer.model.policy import PreferenceModel
+from trainer.parallel import zero3
+from trainer.reference.cache import data_key, weights_key
 
 # Said at every save of a single process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

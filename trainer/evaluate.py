@@ -14,12 +14,12 @@ import signal
 import sys
 from collections.abc import Callable
 
-from trainer.config import InputError
+from trainer.errors import InputError
 
 
 def run_score(args: argparse.Namespace) -> None:
     """`score`."""
-    from trainer.columns import Columns
+    from trainer.data.columns import Columns
     from trainer.evaluation.score import score, to_text
 
     options = _with_chat(vars(args)) | {"models": _assignments("models", args.models)}

@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from trainer import distributed, zero3
-from trainer.config import RunConfig
-from trainer.model import PolicyOutput
-from trainer.packing import Indices, Step, pack, plan_pass
-from trainer.pairs import Split, named_pairs
-from trainer.report import RunLog, progress
+from trainer.config.fields import RunConfig
+from trainer.console import progress
+from trainer.data.batches import Indices, Split, Step, named_pairs, pack, plan_pass
+from trainer.model.policy import PolicyOutput
+from trainer.output import RunLog
+from trainer.parallel import distributed, zero3
 from trainer.stop import Stopped, StopSignal
 
 try:

@@ -19,9 +19,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.adapters import ADAPTER_FILE, refuse_tied_adapters
-from trainer.config import InputError, RunConfig, open_folder
-from trainer.loading import load_model, load_tokenizer, locate_model, named, save_model, told
+from trainer.config.fields import RunConfig
+from trainer.errors import InputError
+from trainer.model.adapters import ADAPTER_FILE, refuse_tied_adapters
+from trainer.model.loading import load_model, load_tokenizer, locate_model, named, save_model, told
+from trainer.paths import open_folder
 
 
 def adapter_folder(config: RunConfig) -> Path | None:

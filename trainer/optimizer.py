@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler, optimization
 
-from trainer.config import InputError, RunConfig
+from trainer.config.fields import RunConfig
+from trainer.errors import InputError
 
 
 class Adafactor(optimization.Adafactor):

@@ -17,12 +17,12 @@ from transformers import (
 
 from rpo_kernels import plan as head_plan
 from rpo_kernels.strategy import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
-from trainer.adapters import add_adapters
-from trainer.config import RunConfig
-from trainer.loading import check_weights, locate_model, named, read_config
-from trainer.packing import Step
-from trainer.pairs import IGNORE, Sequence, Split
-from trainer.report import say
+from trainer.config.fields import RunConfig
+from trainer.console import say
+from trainer.data.batches import Split, Step
+from trainer.data.pairs import IGNORE, Sequence
+from trainer.model.adapters import add_adapters
+from trainer.model.loading import check_weights, locate_model, named, read_config
 
 SAMPLES, BINS, BAR = 2, 10, 40
 BEGIN, END = "⟦", "⟧"

@@ -35,33 +35,34 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from trainer import card, checkpoint, distributed, preview, report, zero3
-from trainer.adapters import add_adapters
-from trainer.chat import ChatOptions
-from trainer.clock import today
-from trainer.config import InputError, RunConfig
-from trainer.encoding import encode_rows, use_chat_template
-from trainer.fit import check_answers, check_fit
-from trainer.loading import check_layers, load_model, load_tokenizer, locate_model, save_model
+from trainer import card, checkpoint, console, output, preview
+from trainer.config.fields import RunConfig
+from trainer.config.recipe import parse_config
+from trainer.data.batches import Split, Step, cost, plan_training, regroup, share_prefixes, spread
+from trainer.data.chat import ChatOptions
+from trainer.data.clock import today
+from trainer.data.encoding import encode_rows, use_chat_template
+from trainer.data.sources import read_splits
+from trainer.data.truncation import Limits
+from trainer.errors import InputError
 from trainer.loop import Training, evaluate, evaluation_step, owes_evaluation, train
-from trainer.model import PreferenceModel, compile_layers, loss_options
+from trainer.model.adapters import add_adapters
+from trainer.model.fit import check_answers, check_fit
+from trainer.model.generate import first_prompts, take_samples
+from trainer.model.loading import check_layers, load_model, load_tokenizer, locate_model, save_model
+from trainer.model.policy import PreferenceModel, compile_layers, loss_options
+from trainer.model.probe import check_architecture, check_model
 from trainer.optimizer import check_optimizer, make_optimizer, make_schedule
-from trainer.packing import Step, cost, plan_training, regroup, share_prefixes, spread
-from trainer.pairs import Split
-from trainer.probe import check_architecture, check_model
-from trainer.recipe import parse_config
-from trainer.reference import Reference
-from trainer.samples import first_prompts, take_samples
-from trainer.sources import read_splits
+from trainer.parallel import distributed, zero3
+from trainer.reference.modes import Reference
 from trainer.stop import Stopped, StopSignal
-from trainer.truncation import Limits
 
 
 def run(config: RunConfig) -> list[dict[str, float]]:
     """Run a config from files to a saved model; returns the rows of `metrics.jsonl`."""
     if config.dry_run:
         return run_alone(config)
-    with report.only_writer(config.output_dir):
+    with output.only_writer(config.output_dir):
         return run_alone(config)
 
 
@@ -78,7 +79,7 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     tokenizer, splits = read_data(config, source)
     plans = plan(config, splits, accelerator.num_processes)
     if config.dry_run:
-        report.say(f"packing: {alone or 'measured when the weights are loaded'}")
+        console.say(f"packing: {alone or 'measured when the weights are loaded'}")
         preview.show(config, source, tokenizer, splits, plans)
         return []
 
@@ -90,7 +91,7 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
         check_answers(policy.language_model, asked, config.max_new_tokens)
     policy.to(check_device(config, sharding, accelerator))
     alone = check_model(policy, pairs, config.packing)
-    report.say(f"packing: {alone or 'yes'}")
+    console.say(f"packing: {alone or 'yes'}")
     if alone and config.prefix_sharing:
         forget_prefixes(splits)
         plans = plan(config, splits, accelerator.num_processes)
@@ -120,7 +121,7 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
 
     if resumed:
         checkpoint.load(training, resumed, accelerator)
-        report.say(f"goes on after step {training.step} of {len(plans['train'])}, from {resumed}")
+        console.say(f"goes on after step {training.step} of {len(plans['train'])}, from {resumed}")
     if owes_evaluation(training, config, len(plans["train"])):
         evaluate_now()
     todo = (training, splits["train"], plans["train"])
@@ -132,13 +133,13 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
 
 def check(config: RunConfig) -> Path | None:
     """Refuse what cannot run, before any work; returns the checkpoint to go on from, if any."""
-    report.check_trackers(config)
+    output.check_trackers(config)
     check_layers(config)
     check_optimizer(config)
     if config.dry_run:
         return None
     resumed = checkpoint.find_checkpoint(config)
-    report.check_output_dir(config, resumed)
+    output.check_output_dir(config, resumed)
     return resumed
 
 
@@ -162,7 +163,7 @@ def read_data(config: RunConfig, source: str) -> tuple[PreTrainedTokenizerBase, 
     for name, (rows, bad) in read_splits(config).items():
         splits[name] = encode_rows(rows, tokenizer, limits, bad, options)
         counts = splits[name].report.items()
-        report.say(f"{name:<5} {', '.join(f'{key} {value}' for key, value in counts)}")
+        console.say(f"{name:<5} {', '.join(f'{key} {value}' for key, value in counts)}")
         if config.prefix_sharing:
             splits[name].pairs = share_prefixes(splits[name].pairs)
     return tokenizer, splits
@@ -176,11 +177,11 @@ def forget_prefixes(splits: dict[str, Split]) -> None:
 
 def open_log(
     config: RunConfig, splits: dict[str, Split], resumed: Path | None, accelerator: Accelerator
-) -> report.RunLog:
+) -> output.RunLog:
     """The output folder, emptied of another run, with the rows of the checkpoint to go on from."""
     earlier = checkpoint.read_progress(resumed) if resumed else {}
     reports = {name: split.report for name, split in splits.items()}
-    log = report.RunLog(config, reports, earlier, accelerator)
+    log = output.RunLog(config, reports, earlier, accelerator)
     if accelerator.is_main_process:
         checkpoint.clear(log.folder, resuming=resumed is not None)
     return log
@@ -325,7 +326,7 @@ def main() -> None:
     except InputError as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
-        report.say(f"{stopped}; go on with --resume_from_checkpoint auto")
+        console.say(f"{stopped}; go on with --resume_from_checkpoint auto")
         sys.exit(128 + stopped.number)
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.evaluation.generate import prompt_ids
 from trainer.evaluation.prompts import Prompt
-from trainer.samples import sample
+from trainer.model.generate import sample
 
 SYSTEM = "Answer with one equation."
 OPERATIONS = {

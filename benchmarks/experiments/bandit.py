@@ -9,7 +9,8 @@ import argparse
 
 from benchmarks.experiments.bandit_report import report
 from benchmarks.experiments.bandit_world import STEPS, sweep, train
-from trainer.config import InputError, open_folder
+from trainer.errors import InputError
+from trainer.paths import open_folder
 
 
 def main() -> None:

@@ -28,10 +28,12 @@ from pathlib import Path
 
 from benchmarks.experiments import arithmetic
 from benchmarks.experiments.displacement_report import report
-from trainer.config import InputError, RunConfig, open_folder
+from trainer.config.fields import RunConfig
+from trainer.config.recipe import parse_config
+from trainer.errors import InputError
 from trainer.evaluation.models import Source, open_model
 from trainer.evaluation.records import read_jsonl, write_json, write_rows
-from trainer.recipe import parse_config
+from trainer.paths import open_folder
 from trainer.run import run
 
 SFT_ALONE = 1e4  # this eta leaves the preference term less than a thousandth of the gradient

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from trainer.config import InputError
+from trainer.errors import InputError
 from trainer.evaluation.records import read_jsonl
 
 Answers = dict[str, dict[Hashable, list[str]]]  # model -> question -> an answer per turn

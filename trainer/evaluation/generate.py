@@ -17,15 +17,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.chat import Chat, ChatOptions
-from trainer.clock import today
-from trainer.config import InputError, open_folder
-from trainer.data import BadRow
-from trainer.encoding import added_end
+from trainer.data.chat import Chat, ChatOptions
+from trainer.data.clock import today
+from trainer.data.encoding import added_end
+from trainer.data.rows import BadRow
+from trainer.errors import InputError
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.prompts import Prompt, read_prompts
 from trainer.evaluation.records import JsonlLog
-from trainer.samples import pads_exactly, sample
+from trainer.model.generate import pads_exactly, sample
+from trainer.paths import open_folder
 
 COLDEST = 1e-6  # lower ones are greedy too, and overflow
 

@@ -23,10 +23,11 @@ from pathlib import Path
 import openai
 from tqdm import tqdm
 
-from trainer.config import InputError, open_folder
+from trainer.errors import InputError
 from trainer.evaluation.answers import Answers, read_answers
 from trainer.evaluation.prompts import Prompt, read_prompts
 from trainer.evaluation.records import JsonlLog, replace_text, write_json
+from trainer.paths import open_folder
 
 INSTRUCTION = """\
 You compare the answers of two assistants to the same prompt. Judge how correct, helpful, relevant \

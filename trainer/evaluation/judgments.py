@@ -22,7 +22,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from trainer.config import InputError
+from trainer.errors import InputError
 from trainer.evaluation.records import read_jsonl
 
 WINNERS = ("model_1", "model_2", "tie", "error")

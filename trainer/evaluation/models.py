@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer import merge
-from trainer.chat import ChatOptions
-from trainer.config import InputError, RunConfig
-from trainer.loading import named
+from trainer.config.fields import RunConfig
+from trainer.data.chat import ChatOptions
+from trainer.errors import InputError
+from trainer.model.loading import named
 
 
 @dataclass(frozen=True)

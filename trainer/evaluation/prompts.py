@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from trainer.config import InputError
-from trainer.data import REASONING
+from trainer.data.rows import REASONING
+from trainer.errors import InputError
 from trainer.evaluation.records import read_jsonl
 
 ROLES = ("system", "user", "assistant")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from trainer.config import InputError, find_file
-from trainer.data import parse_json
+from trainer.data.rows import parse_json
+from trainer.errors import InputError
+from trainer.paths import find_file
 
 
 def read_jsonl(name: str, *fields: str) -> list[tuple[str, dict]]:

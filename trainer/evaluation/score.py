@@ -22,22 +22,23 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_kernels import linear_logprobs
-from trainer.chat import ChatOptions
-from trainer.clock import today
-from trainer.columns import Columns
-from trainer.config import InputError, open_folder
-from trainer.data import BadRow, BadRows
-from trainer.encoding import Encoder
+from trainer.data.batches import pack, share_prefixes
+from trainer.data.chat import ChatOptions
+from trainer.data.clock import today
+from trainer.data.columns import Columns
+from trainer.data.encoding import Encoder
+from trainer.data.pairs import IGNORE, Pair, Sequence
+from trainer.data.rows import BadRow, BadRows
+from trainer.data.sources import read_rows
+from trainer.data.truncation import Limits
+from trainer.errors import InputError
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.records import replace_text, write_json
-from trainer.fit import check_answers, check_fit
-from trainer.model import PreferenceModel
-from trainer.packing import pack, share_prefixes
-from trainer.pairs import IGNORE, Pair, Sequence
-from trainer.probe import check_model
-from trainer.samples import first_prompts, pads_exactly, sample
-from trainer.sources import read_rows
-from trainer.truncation import Limits
+from trainer.model.fit import check_answers, check_fit
+from trainer.model.generate import first_prompts, pads_exactly, sample
+from trainer.model.policy import PreferenceModel
+from trainer.model.probe import check_model
+from trainer.paths import open_folder
 
 
 def score(

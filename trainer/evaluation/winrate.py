@@ -26,10 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config import InputError, open_folder
+from trainer.errors import InputError
 from trainer.evaluation.answers import Answers, read_answers
 from trainer.evaluation.judgments import Comparison, read_judgments
 from trainer.evaluation.records import replace_text, write_json
+from trainer.paths import open_folder
 
 LEVEL = 95  # percent of the bootstrap samples inside the interval
 THETA_PRECISION = 1e-6  # all but flat prior: a model that always wins gets 100 %, not an overflow

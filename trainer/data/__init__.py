@@ -1,0 +1,1 @@
+"""From files of preference rows to batches of token ids."""

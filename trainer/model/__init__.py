@@ -1,0 +1,1 @@
+"""The policy: loaded, checked, run to its loss; its answers."""

@@ -1,0 +1,1 @@
+"""Reference log-probs: what the policy is compared with."""
