@@ -76,7 +76,7 @@ def make(shape: tuple[int, int, int], device: str) -> Case:
     """Hidden states and weights that look like a chat model's, and the entries worth keeping."""
     from rpo_kernels.backends import torch_backend
     from rpo_kernels.engines import skipping
-    from rpo_kernels.engines.panel import fill
+    from rpo_kernels.engines.panel import fill_panel
     from rpo_kernels.rows import Rows
     from rpo_kernels.spec import Head, Transform
 
@@ -84,9 +84,11 @@ def make(shape: tuple[int, int, int], device: str) -> Case:
     hidden, targets, weight = calibrated(n, width, vocab, device)
     buffer = torch.empty(vocab * n, dtype=hidden.dtype, device=device)
     head = Head(weight, None, Transform(), hidden.dtype)
-    panel = fill(hidden, Rows(None, targets), head, torch_backend, 2**30, False, buffer)
+    panel = fill_panel(hidden, Rows(None, targets), head, torch_backend, 2**30, False, buffer)
     ones, blocks = torch.ones_like(panel.sums), skipping.split_rows([0, n])
-    keep, *_ = skipping.select(panel.values, panel.sums, targets, ones, TOLERANCE, blocks, True)
+    keep, *_ = skipping.choose_entries(
+        panel.values, panel.sums, targets, ones, TOLERANCE, blocks, True
+    )
     scaled = (hidden / panel.sums[:, None]).to(hidden.dtype)
     return Case(hidden, weight, targets, panel.values, panel.shift, keep, scaled)
 

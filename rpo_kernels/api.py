@@ -3,14 +3,13 @@ operator.
 
     linear_logprobs         hidden, weight, targets            -> log-prob of every target
     fused_rpo_loss          hidden, weight, labels, ref_logps  -> preference + w * SFT, metrics
-    fused_preference_loss   the same engines for a loss function of one's own
+    fused_preference_loss   the same engines for a custom loss function
 
 None of them ever holds logits: memory beyond inputs and gradients is bounded by `max_workspace_mb`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,13 +18,10 @@ from torch import Tensor
 
 from rpo_kernels import checks, ops
 from rpo_kernels.custom_loss import CustomLoss
-from rpo_kernels.engines.panel import capacity
-from rpo_kernels.engines.skipping import BLOCK
 from rpo_kernels.losses import sft_weight
-
-CPU_WORKSPACE_MB = 512
-GPU_WORKSPACE_MB = 1024
-ACCUMULATOR_SHARE = 4  # "auto" streams split pairs while the accumulators fit this many workspaces
+from rpo_kernels.rows import count_tokens
+from rpo_kernels.spec import Objective, normalizer
+from rpo_kernels.strategy import choose_settings, resolve_strategy
 
 
 class RPOOutput(NamedTuple):
@@ -58,18 +54,6 @@ class RPOOutput(NamedTuple):
     """(), share of dlogits' L1 mass certified as left out, at most `grad_tolerance`."""
 
 
-def _workspace(hidden: Tensor, max_workspace_mb: float | None) -> int:
-    default = CPU_WORKSPACE_MB if hidden.device.type == "cpu" else GPU_WORKSPACE_MB
-    return int((default if max_workspace_mb is None else max_workspace_mb) * 2**20)
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
-
-
 def _flat(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.reshape(-1, hidden.shape[-1]).contiguous(), labels.reshape(-1).long()
 
@@ -83,53 +67,6 @@ def _sequences(
         count, length = hidden.shape[:2]
         cu_seqlens = torch.arange(count + 1, device=hidden.device) * length
     return *_flat(hidden, labels), cu_seqlens
-
-
-def _strategy(
-    asked: str,
-    weight: Tensor,
-    dtype: torch.dtype,
-    rows: int,
-    sequences: int,
-    max_bytes: int,
-    needs: list[bool],
-    tolerance: float,
-) -> str:
-    """Resolve "auto" by the rule that stands in `fused_rpo_loss`."""
-    vocab, width = weight.shape
-    room = capacity(vocab, width, dtype.itemsize, max_bytes)
-    if asked == "stream" and room < 1:
-        raise ValueError(
-            f"max_workspace_mb: strategy='stream' expected room for one row of the vocabulary "
-            f"({vocab}), got {max_bytes / 2**20:.1f} MiB; raise it or use strategy='recompute'"
-        )
-    split = needs[1] and rows > room  # a pair may need accumulators
-    rounds = split and dtype.itemsize < 4 and weight.device.type == "cpu"
-    heavy = split and 8 * vocab * width > ACCUMULATOR_SHARE * max_bytes
-    thin = room < min(rows, 256)
-    if asked == "auto":
-        slow = dtype == torch.float16 or thin or rounds or heavy
-        asked = "recompute" if slow else "stream"
-    if asked == "recompute" and tolerance:
-        _check_blocks(room, rows, sequences, vocab, max_bytes)
-    return asked
-
-
-def _check_blocks(room: int, rows: int, sequences: int, vocab: int, max_bytes: int) -> None:
-    """What skipping needs when gradients are recomputed: a block of rows in the workspace, and a
-    mask of what each block keeps that is no larger.
-    """
-    if math.prod(ops.kept_shape(rows, sequences, vocab, tolerance=1.0)) > max_bytes:
-        raise ValueError(
-            f"max_workspace_mb: grad_tolerance > 0 with gradients recomputed expected room for its "
-            f"mask, ({rows} rows / {BLOCK} + {sequences} sequences) x {vocab} bytes, got "
-            f"{max_bytes / 2**20:.1f} MiB; raise it, or use strategy='stream' or grad_tolerance=0"
-        )
-    if room < BLOCK:
-        raise ValueError(
-            f"max_workspace_mb: grad_tolerance > 0 expected room for {BLOCK} rows of the vocabulary"
-            f" ({vocab}), got {max_bytes / 2**20:.1f} MiB; raise it or use grad_tolerance=0"
-        )
 
 
 def linear_logprobs(
@@ -182,18 +119,17 @@ def linear_logprobs(
             it.
         RuntimeError: ``backend="triton"`` cannot run here.
     """
-    checks.check_head(hidden, weight, targets, bias, logit_scale, logit_softcap, ignore_index)
-    checks.check_run(backend, max_workspace_mb, grad_tolerance)
-    rows, labels = _flat(hidden, targets)
-    dtype, max_bytes = _compute_dtype(hidden, weight), _workspace(hidden, max_workspace_mb)
-    if grad_tolerance:
-        vocab, width = weight.shape
-        room = capacity(vocab, width, dtype.itemsize, max_bytes)
-        _check_blocks(room, rows.shape[0], 1, vocab, max_bytes)
-    logps, *_ = ops.linear_logprobs(
-        rows, weight, labels, bias, ignore_index, float(logit_scale), logit_softcap, dtype,
-        validate, float(grad_tolerance), max_bytes, backend, None,
+    head = (hidden, weight, targets, bias, logit_scale, logit_softcap, ignore_index)
+    checks.check_head(*head, labels_name="targets")
+    checks.check_run(backend, max_workspace_mb, grad_tolerance, validate)
+    settings = choose_settings(
+        hidden, weight, bias, ignore_index=ignore_index, logit_scale=logit_scale,
+        logit_softcap=logit_softcap, validate=validate, grad_tolerance=grad_tolerance,
+        max_workspace_mb=max_workspace_mb, strategy="recompute", backend=backend,
     )  # fmt: skip
+    rows, labels = _flat(hidden, targets)
+    settings = resolve_strategy(settings, weight, rows.shape[0], sequences=1)
+    logps, *_ = ops.linear_logprobs(rows, weight, bias, labels, None, *settings)
     return logps.view(targets.shape)
 
 
@@ -296,7 +232,7 @@ def fused_rpo_loss(
         RuntimeError: ``backend="triton"`` cannot run here.
     """
     checks.check_head(hidden, weight, labels, bias, logit_scale, logit_softcap, ignore_index)
-    checks.check_run(backend, max_workspace_mb, grad_tolerance, strategy)
+    checks.check_run(backend, max_workspace_mb, grad_tolerance, validate, strategy)
     checks.check_normalizers(num_pairs, num_chosen_tokens)
     rows, flat_labels, cu_seqlens = _sequences(hidden, labels, cu_seqlens)
     sequences = cu_seqlens.shape[0] - 1
@@ -304,32 +240,34 @@ def fused_rpo_loss(
         loss_type, beta, eta, label_smoothing, sft_reduction, scale_eta_by_beta, simpo_gamma
     )
     checks.check_reference(loss_type, ref_logps, sequences, hidden)
-    weight_sft = sft_weight(eta, beta, sft_reduction, scale_eta_by_beta)
-    gamma = 0.5 if simpo_gamma is None else float(simpo_gamma)
-    dtype, max_bytes = _compute_dtype(hidden, weight), _workspace(hidden, max_workspace_mb)
-    needs, tolerance = _needs(hidden, weight, bias), float(grad_tolerance)
-    size = (rows.shape[0], sequences)
-    how = _strategy(strategy, weight, dtype, *size, max_bytes, needs, tolerance)
-    loss, terms, pairs, *_ = ops.preference_loss(
-        rows, weight, flat_labels, cu_seqlens, ref_logps, bias, ignore_index, float(logit_scale),
-        logit_softcap, dtype, loss_type, float(beta), float(label_smoothing), gamma, weight_sft,
-        sft_reduction, num_pairs, num_chosen_tokens, validate, how, needs, tolerance, max_bytes,
-        backend,
+    settings = choose_settings(
+        hidden, weight, bias, ignore_index=ignore_index, logit_scale=logit_scale,
+        logit_softcap=logit_softcap, validate=validate, grad_tolerance=grad_tolerance,
+        max_workspace_mb=max_workspace_mb, strategy=strategy, backend=backend,
     )  # fmt: skip
+    settings = resolve_strategy(settings, weight, rows.shape[0], sequences)
+    objective = Objective(
+        loss_type=loss_type,
+        beta=float(beta),
+        epsilon=float(label_smoothing),
+        gamma=0.5 if simpo_gamma is None else float(simpo_gamma),
+        sft_weight=sft_weight(eta, beta, sft_reduction, scale_eta_by_beta),
+        sft_reduction=sft_reduction,
+        num_pairs=num_pairs or 0.0,
+        num_chosen_tokens=num_chosen_tokens or 0.0,
+    )
+    loss, terms, pairs, *_ = ops.preference_loss(
+        rows, weight, bias, flat_labels, cu_seqlens, ref_logps, *objective, *settings
+    )
     dpo_loss, sft_loss, skipped = terms.detach().unbind()
     # columns: losses, SFT losses, log-probs and rewards of chosen and rejected
     table = pairs.detach().unbind(1)
-    gap, norm = table[4] - table[5], num_pairs or max(sequences // 2, 1)
-    ends = torch.cat([cu_seqlens.new_zeros(1), (flat_labels != ignore_index).cumsum(0)])
-    tokens = ends[cu_seqlens.long()].diff().view(2, -1).sum(0)
+    gap, norm = table[4] - table[5], normalizer(num_pairs, sequences // 2)
+    tokens = count_tokens(flat_labels, ignore_index, cu_seqlens).view(2, -1).sum(0)
     tie = (gap == 0) & (tokens > 0)  # a pair without tokens is none
     wins = (gap > 0).to(gap.dtype) + 0.5 * tie.to(gap.dtype)
     metrics = (*table[2:], wins.sum() / norm, gap.sum() / norm, skipped)
     return RPOOutput(loss, dpo_loss, sft_loss, *metrics)
-
-
-def _needs(*tensors: Tensor | None) -> list[bool]:
-    return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
 
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -353,7 +291,7 @@ def fused_preference_loss(
     strategy: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The engines of `fused_rpo_loss` for a preference loss of one's own.
+    """The engines of `fused_rpo_loss` for a custom preference loss.
 
     Args:
         hidden: (2B, T, D) or packed (N, D); this and every argument not named below as in
@@ -375,14 +313,12 @@ def fused_preference_loss(
             function cannot be part of an operator; ``"auto"`` recomputes there).
     """
     checks.check_head(hidden, weight, labels, bias, logit_scale, logit_softcap, ignore_index)
-    checks.check_run(backend, max_workspace_mb, grad_tolerance, strategy)
+    checks.check_run(backend, max_workspace_mb, grad_tolerance, validate, strategy)
     checks.check_normalizers(num_pairs, None)
     checks.check_loss_fn(loss_fn)
     rows, flat_labels, cu_seqlens = _sequences(hidden, labels, cu_seqlens)
     pairs = (cu_seqlens.shape[0] - 1) // 2
-    norm = float(num_pairs or max(pairs, 1))
-    dtype, max_bytes = _compute_dtype(hidden, weight), _workspace(hidden, max_workspace_mb)
-    needs, tolerance = _needs(hidden, weight, bias), float(grad_tolerance)
+    norm = float(normalizer(num_pairs, pairs))
     if torch.compiler.is_compiling():
         if strategy == "stream":
             raise ValueError(
@@ -390,17 +326,19 @@ def fused_preference_loss(
                 "got 'stream'"
             )
         strategy = "recompute"
-    how = _strategy(strategy, weight, dtype, rows.shape[0], 2 * pairs, max_bytes, needs, tolerance)
-    layer = (ignore_index, float(logit_scale), logit_softcap, dtype, validate)
-    run = (tolerance, max_bytes, backend)
-    if how == "stream":
+    settings = choose_settings(
+        hidden, weight, bias, ignore_index=ignore_index, logit_scale=logit_scale,
+        logit_softcap=logit_softcap, validate=validate, grad_tolerance=grad_tolerance,
+        max_workspace_mb=max_workspace_mb, strategy=strategy, backend=backend,
+    )  # fmt: skip
+    settings = resolve_strategy(settings, weight, rows.shape[0], 2 * pairs)
+    if settings.strategy == "stream":
         return CustomLoss.apply(
-            rows, weight, bias, flat_labels, cu_seqlens, layer, run, loss_fn, norm, needs
+            rows, weight, bias, flat_labels, cu_seqlens, loss_fn, norm, settings
         )
-    logps, *_ = ops.linear_logprobs(rows, weight, flat_labels, bias, *layer, *run, cu_seqlens)
+    logps, *_ = ops.linear_logprobs(rows, weight, bias, flat_labels, cu_seqlens, *settings)
     sums = ops.sequence_sums(logps, cu_seqlens).view(2, pairs)
-    kept = (flat_labels != ignore_index).to(logps.dtype)
-    counts = ops.sequence_sums(kept, cu_seqlens).view(2, pairs)
+    counts = count_tokens(flat_labels, ignore_index, cu_seqlens).view(2, pairs).to(sums.dtype)
     index = torch.arange(pairs, device=hidden.device)
     losses = checks.pair_losses(loss_fn, sums, counts, index)
     return losses.sum() / norm, sums.detach()

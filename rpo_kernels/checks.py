@@ -5,7 +5,7 @@ and the remedy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,19 @@ def _number(name: str, value: object, expected: str, fits: Callable[[float], boo
         _fail(name, expected, value)
 
 
+def _choice(name: str, value: object, choices: Iterable[str]) -> None:
+    expected = f"one of {', '.join(choices)}"
+    if not isinstance(value, str):
+        _fail(name, expected, repr(value), TypeError)
+    elif value not in choices:
+        _fail(name, expected, repr(value))
+
+
+def _tensor(name: str, value: object, expected: str = "a torch.Tensor") -> None:
+    if not isinstance(value, Tensor):
+        _fail(name, expected, type(value).__name__, TypeError)
+
+
 def check_reverse_mode(**tensors: object) -> None:
     """Refuse tangents, which an operator without forward-mode derivatives would drop, and what
     `torch.func` wraps: it would drop gradients.
@@ -52,13 +65,15 @@ def check_head(
     scale: float,
     softcap: float | None,
     ignore_index: int,
+    labels_name: str = "labels",
 ) -> None:
     """Check the tensors of an output layer: hidden (..., D), weight (V, D), labels (...), bias
-    (V,); no device is read.
+    (V,); no device is read. The caller's caller knows labels as `labels_name`.
     """
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
-        if not isinstance(tensor, Tensor):
-            _fail(name, "a torch.Tensor", type(tensor).__name__, TypeError)
+    for name, tensor in (("hidden", hidden), ("weight", weight), (labels_name, labels)):
+        _tensor(name, tensor)
+    if bias is not None:
+        _tensor("bias", bias, "None or a torch.Tensor")
     if not torch.compiler.is_compiling():
         check_reverse_mode(hidden=hidden, weight=weight, bias=bias)
     for name, tensor in (("hidden", hidden), ("weight", weight)):
@@ -77,7 +92,7 @@ def check_head(
             TypeError,
         )
     if labels.dtype not in (torch.int64, torch.int32):
-        _fail("labels", "int64 or int32 token ids", labels.dtype, TypeError)
+        _fail(labels_name, "int64 or int32 token ids", labels.dtype, TypeError)
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
         _fail("weight", "shape (V, D), not empty", tuple(weight.shape))
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
@@ -93,24 +108,25 @@ def check_head(
             f"strides {weight.stride()}",
         )
     if hidden.shape[:-1] != labels.shape:
-        _fail(
-            "labels", f"shape {tuple(hidden.shape[:-1])}, hidden's without D", tuple(labels.shape)
-        )
+        expected = f"shape {tuple(hidden.shape[:-1])}, hidden's without D"
+        _fail(labels_name, expected, tuple(labels.shape))
     if bias is not None:
-        if not isinstance(bias, Tensor):
-            _fail("bias", "None or a torch.Tensor", type(bias).__name__, TypeError)
         if bias.shape != weight.shape[:1]:
             _fail("bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
         if bias.dtype != weight.dtype:
             _fail("bias", f"weight's dtype {weight.dtype}", bias.dtype, TypeError)
-    for name, other in (("weight", weight), ("labels", labels), ("bias", bias)):
+    for name, other in (("weight", weight), (labels_name, labels), ("bias", bias)):
         if other is not None and other.device != hidden.device:
             _fail(name, f"hidden's device {hidden.device}", other.device)
+    _check_numbers(scale, softcap, ignore_index, weight.shape[0])
+
+
+def _check_numbers(scale: float, softcap: float | None, ignore_index: int, vocab: int) -> None:
+    """Check the arguments of an output layer that are no tensors."""
     _number("logit_scale", scale, "a finite number > 0 in float32", lambda x: 0 < x <= LARGEST)
     if softcap is not None:
         expected = "None or a finite number > 0 in float32"
         _number("logit_softcap", softcap, expected, lambda x: 0 < x <= LARGEST)
-    vocab = weight.shape[0]
     expected = f"an int64 value that is no token id (outside [0, {vocab}))"
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         _fail("ignore_index", expected, repr(ignore_index), TypeError)
@@ -119,15 +135,19 @@ def check_head(
 
 
 def check_run(
-    backend: str, max_workspace_mb: float | None, grad_tolerance: float, strategy: str = "auto"
+    backend: str,
+    max_workspace_mb: float | None,
+    grad_tolerance: float = 0.0,
+    validate: bool = True,
+    strategy: str = "auto",
 ) -> None:
     """Check the arguments that choose how to compute."""
-    if strategy not in STRATEGIES:
-        _fail("strategy", f"one of {', '.join(STRATEGIES)}", repr(strategy))
+    _choice("strategy", strategy, STRATEGIES)
+    if not isinstance(validate, bool):  # "no" would count as True
+        _fail("validate", "True or False", repr(validate), TypeError)
     expected = "a share in [0, 1) (0 is exact)"
     _number("grad_tolerance", grad_tolerance, expected, lambda x: 0 <= x < 1)
-    if backend not in BACKENDS:
-        _fail("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+    _choice("backend", backend, BACKENDS)
     if max_workspace_mb is not None:
         expected = "None or a number of MiB > 0 (below 2^40)"
         _number("max_workspace_mb", max_workspace_mb, expected, lambda x: 0 < x < 2**40)
@@ -135,6 +155,8 @@ def check_run(
 
 def check_sequences(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
     """Check the layout: (2B, T, D), or packed (N, D) with cu_seqlens (2B + 1,)."""
+    if cu_seqlens is not None:
+        _tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens is None:
         if hidden.dim() != 3:
             _fail(
@@ -151,8 +173,6 @@ def check_sequences(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
         return
     if hidden.dim() != 2:
         _fail("hidden", "shape (N, D) when cu_seqlens is given", tuple(hidden.shape))
-    if not isinstance(cu_seqlens, Tensor):
-        _fail("cu_seqlens", "a torch.Tensor", type(cu_seqlens).__name__, TypeError)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         _fail("cu_seqlens", "int32 or int64 offsets", cu_seqlens.dtype, TypeError)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] % 2 == 0:
@@ -187,18 +207,18 @@ def check_loss(
     simpo_gamma: float | None,
 ) -> None:
     """Check the loss and its coefficients, and that the loss defines the combination."""
-    if not isinstance(loss_type, str) or loss_type not in LOSSES:
-        _fail("loss_type", f"one of {', '.join(LOSSES)}", repr(loss_type))
-    if sft_reduction not in SFT_REDUCTIONS:
-        _fail("sft_reduction", f"one of {', '.join(SFT_REDUCTIONS)}", repr(sft_reduction))
-    if scale_eta_by_beta not in (None, True, False):
+    _choice("loss_type", loss_type, LOSSES)
+    _choice("sft_reduction", sft_reduction, SFT_REDUCTIONS)
+    if scale_eta_by_beta is not None and not isinstance(scale_eta_by_beta, bool):
         _fail("scale_eta_by_beta", "None, True or False", repr(scale_eta_by_beta), TypeError)
     loss = LOSSES[loss_type]
     _number("beta", beta, "a finite number > 0 in float32", lambda x: 0 < x <= LARGEST)
     expected = "a finite number >= 0 in float32 (0 is the preference loss alone)"
     _number("eta", eta, expected, lambda x: 0 <= x <= LARGEST)
-    expected = "a number in [0, 0.5)"
-    _number("label_smoothing", label_smoothing, expected, lambda x: 0 <= x < 0.5)
+    _number("label_smoothing", label_smoothing, "a number in [0, 0.5)", lambda x: 0 <= x < 0.5)
+    if simpo_gamma is not None:
+        expected = "None or a finite number >= 0 in float32"
+        _number("simpo_gamma", simpo_gamma, expected, lambda x: 0 <= x <= LARGEST)
     if label_smoothing and not loss.smoothing:
         able = ", ".join(name for name, item in LOSSES.items() if item.smoothing)
         _fail(
@@ -218,9 +238,6 @@ def check_loss(
             f"None with loss_type={loss_type!r} (only simpo has a target margin)",
             simpo_gamma,
         )
-    if simpo_gamma is not None:
-        expected = "a finite number >= 0 in float32"
-        _number("simpo_gamma", simpo_gamma, expected, lambda x: 0 <= x <= LARGEST)
 
 
 def check_reference(
@@ -229,19 +246,16 @@ def check_reference(
     """Check ref_logps (2B,), and that the loss has a reference model."""
     if ref_logps is None:
         return
+    _tensor("ref_logps", ref_logps, "None or a floating-point tensor of summed log-probs")
     if not LOSSES[loss_type].reference:
         _fail(
             "ref_logps",
             f"None with loss_type={loss_type!r}, which has no reference model",
             "a tensor",
         )
-    if not isinstance(ref_logps, Tensor) or not ref_logps.is_floating_point():
-        _fail(
-            "ref_logps",
-            "a floating-point tensor of summed log-probs",
-            getattr(ref_logps, "dtype", type(ref_logps)),
-            TypeError,
-        )
+    if not ref_logps.is_floating_point():
+        expected = "None or a floating-point tensor of summed log-probs"
+        _fail("ref_logps", expected, ref_logps.dtype, TypeError)
     if ref_logps.shape != (sequences,):
         _fail(
             "ref_logps",

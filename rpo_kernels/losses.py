@@ -12,7 +12,7 @@ step needs: every engine multiplies the slopes into the gradient of the log-prob
 graph is ever built.
 
 The functions use nothing but arithmetic and the five names imported below (`exp`, `log`, `relu`,
-`sigmoid`, `logsigmoid`) plus `where`, so that `backends.triton_backend` compiles *the same source*
+`sigmoid`, `logsigmoid`) plus `where`, so that `backends.triton_tail` compiles *the same source*
 into its tail kernel: no loss is written twice. `tests/test_losses.py` checks every slope against
 float64 autograd.
 """
@@ -25,10 +25,13 @@ from typing import NamedTuple
 from torch import Tensor, exp, log, relu, sigmoid, where
 from torch.nn.functional import logsigmoid
 
+from rpo_kernels.spec import Objective
+
 
 def sigmoid_loss(c, r, beta, epsilon, gamma):
     """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7); epsilon > 0 is cDPO (Mitchell 2023).
-    RPO's preference term.
+    RPO's preference term, and, without a reference model, CPO's (Xu et al. 2024, arXiv 2401.08417,
+    eq. 5).
     """
     m = beta * (c - r)
     value = -(1 - epsilon) * logsigmoid(m) - epsilon * logsigmoid(-m)
@@ -128,16 +131,6 @@ def orpo_loss(c, r, beta, epsilon, gamma):
     return -beta * logsigmoid(log_odds), -pull / miss_c, pull / miss_r
 
 
-def cpo_loss(c, r, beta, epsilon, gamma):
-    """CPO's preference term: DPO with a uniform reference (Xu et al. 2024, arXiv 2401.08417, eq.
-    5).
-    """
-    m = beta * (c - r)
-    value = -(1 - epsilon) * logsigmoid(m) - epsilon * logsigmoid(-m)
-    slope = beta * (epsilon - sigmoid(-m))
-    return value, slope, -slope
-
-
 class Loss(NamedTuple):
     """A loss and what it needs: `mean` per-token means instead of sums, `reference` log-probs,
     `smoothing` (epsilon).
@@ -161,28 +154,23 @@ LOSSES = {
     "nca_pair": Loss(nca_pair_loss),
     "simpo": Loss(simpo_loss, mean=True, reference=False, smoothing=True),
     "orpo": Loss(orpo_loss, mean=True, reference=False),
-    "cpo": Loss(cpo_loss, reference=False, smoothing=True),
+    "cpo": Loss(sigmoid_loss, reference=False, smoothing=True),
 }
 SFT_REDUCTIONS = ("sum", "sequence_mean", "token_mean")
 
 
-def total_terms(
-    pairs: Tensor, sft_reduction: str, num_pairs: float, num_chosen_tokens: float
-) -> Tensor:
+def total_terms(pairs: Tensor, objective: Objective) -> Tensor:
     """``[preference loss, SFT loss]`` (2,) of a step from its table of pairs ``(B, >= 2)``: sums
-    over their normalizers.
+    over the normalizers of `objective`.
     """
-    norms = pairs.new_tensor(
-        [num_pairs, num_chosen_tokens if sft_reduction == "token_mean" else num_pairs]
-    )
-    return pairs[:, :2].sum(0) / norms
+    return pairs[:, :2].sum(0) / pairs.new_tensor([objective.num_pairs, objective.sft_normalizer])
 
 
 def sft_weight(
     eta: float, beta: float, sft_reduction: str, scale_eta_by_beta: bool | None
 ) -> float:
-    """Weight w of the SFT term (design table of Liu et al. 2024): eta * beta for "sum", eta for the
-    means, unless overridden.
+    """Weight w of the SFT term: eta * beta for "sum" (Liu et al. 2024, arXiv 2405.16436, eq. 4.8),
+    eta for the means, unless overridden.
     """
     scaled = sft_reduction == "sum" if scale_eta_by_beta is None else scale_eta_by_beta
     return eta * beta if scaled else eta

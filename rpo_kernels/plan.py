@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from rpo_kernels.engines.panel import capacity
+from rpo_kernels.engines.panel import capacity, row_bytes
 
 GIB = 2**30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,9 +70,7 @@ def streaming(shape: Shape) -> Cost:
     together = room if pair > room else room // pair * pair  # whole pairs, or a part of one
     if not room:
         return Cost("stream", "stream", 2 if shape.frozen else 3, math.inf)  # an error
-    extra = min(shape.rows, together) * (
-        shape.vocab * shape.itemsize + shape.width * (2 * shape.itemsize + 16)
-    )
+    extra = min(shape.rows, together) * row_bytes(shape.vocab, shape.width, shape.itemsize)
     parameters = shape.vocab * shape.width
     if pair > room and shape.itemsize < 4:
         extra += 4 * pair * shape.width

@@ -1,5 +1,5 @@
-"""Which rows count: ignored labels are dropped before the first matmul, with one device
-synchronization a call.
+"""Which rows count, and to which sequence they belong: ignored labels are dropped before the first
+matmul, with one device synchronization a call.
 """
 
 from __future__ import annotations
@@ -85,6 +85,21 @@ def check_offsets(offsets: list[int], rows: int) -> None:
         )
 
 
+def sum_sequences(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sums (S,) of `values` (N,) over the sequences that `offsets` (S + 1,) int64 delimit: in
+    float64 and a fixed order, then rounded, as reference log-probs are that somebody stored.
+    """
+    sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0.0)
+    return sums.to(values.dtype)
+
+
+def count_tokens(labels: Tensor, ignore_index: int, cu_seqlens: Tensor) -> Tensor:
+    """Kept labels (M,) of every sequence that `cu_seqlens` (S + 1,) delimits: (S,) int64."""
+    kept = labels != ignore_index
+    ends = torch.cat([cu_seqlens.new_zeros(1), kept.cumsum(0)])  # traced: nothing in place
+    return ends[cu_seqlens.long()].diff()
+
+
 def keep_rows(
     targets: Tensor, vocab: int, ignore_index: int, validate: bool, cu_seqlens: Tensor | None = None
 ) -> tuple:
@@ -110,6 +125,7 @@ def keep_rows(
     ends = torch.zeros(rows + 1, dtype=torch.int64, device=targets.device)
     torch.cumsum(kept, 0, out=ends[1:])
     given = targets.new_tensor([0, rows]) if cu_seqlens is None else cu_seqlens.long()
+    # wrong offsets must not index out of range: they are refused below, once all is on the host
     facts = [ends[given.clamp(0, rows)]]
     if validate:
         inside = torch.where(kept, targets, torch.zeros_like(targets))
@@ -119,15 +135,17 @@ def keep_rows(
     offsets = flat[: given.shape[0]]
     if validate:
         low, high, *ends_given = flat[given.shape[0] :]
+        name = "targets" if cu_seqlens is None else "labels"  # the public functions' argument
         if low < 0 or high >= vocab:
             raise ValueError(
-                f"labels: expected values in [0, {vocab}) or ignore_index={ignore_index}, got "
+                f"{name}: expected values in [0, {vocab}) or ignore_index={ignore_index}, got "
                 f"values from {low} to {high}; mask padding with ignore_index and check that "
                 "weight covers the tokenizer's vocabulary"
             )
         check_offsets(ends_given, rows)
     if offsets[-1] == rows:
         return Rows(None, targets), offsets
+    # nonzero would wait for the device again to learn the count, which is known by now
     index = (
         torch.nonzero_static(kept, size=offsets[-1])[:, 0] if kept.is_cuda else kept.nonzero()[:, 0]
     )

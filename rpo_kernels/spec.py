@@ -1,4 +1,4 @@
-"""The few plain values that travel from the API down to engines and backends.
+"""The few plain values that travel from the public functions down to engines and backends.
 
 Dimension key used across the package:
 
@@ -12,6 +12,7 @@ Dimension key used across the package:
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -70,6 +71,88 @@ class Head(NamedTuple):
         for v0 in range(0, vocab, size):
             bias = None if self.bias is None else self.bias[v0 : v0 + size]
             yield v0, self.weight[v0 : v0 + size].to(self.dtype), bias
+
+
+class Objective(NamedTuple):
+    """Which loss: the preference term, the SFT term, and what the two are divided by."""
+
+    loss_type: str
+    """A key of `losses.LOSSES`."""
+    beta: float
+    epsilon: float
+    """Label smoothing."""
+    gamma: float
+    """SimPO's target margin."""
+    sft_weight: float
+    """What the SFT term is multiplied by, eta and beta included."""
+    sft_reduction: str
+    """One of `losses.SFT_REDUCTIONS`."""
+    num_pairs: float
+    """Pairs of the whole optimizer step; 0, until `normalized`, stands for the local ones."""
+    num_chosen_tokens: float
+    """Chosen response tokens of the whole step; 0, until `normalized`, for the local ones."""
+
+    def normalized(self, pairs: int, chosen_tokens: int) -> Objective:
+        """The same with its two normalizers as numbers, given the local counts."""
+        return self._replace(
+            num_pairs=float(normalizer(self.num_pairs, pairs)),
+            num_chosen_tokens=float(normalizer(self.num_chosen_tokens, chosen_tokens)),
+        )
+
+    @property
+    def sft_normalizer(self) -> float:
+        """What the sum of the pairs' SFT terms is divided by; asks for `normalized`."""
+        return self.num_chosen_tokens if self.sft_reduction == "token_mean" else self.num_pairs
+
+
+def normalizer(given: float | None, local: int) -> float:
+    """What a sum is divided by: the whole step's count if the caller gave it, else the local one.
+
+    Without any pair or token the sum is 0, and so is its quotient by 1.
+    """
+    return given or max(local, 1)
+
+
+class Settings(NamedTuple):
+    """How to run: the numbers and names of one call, beside its tensors.
+
+    PyTorch's operators take no structures: it crosses their border unpacked, as `ops` explains.
+    """
+
+    ignore_index: int
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype
+    """Of the matmuls; the weight's, but under autocast."""
+    validate: bool
+    tolerance: float
+    """`grad_tolerance`, 0 for exact gradients."""
+    max_bytes: int
+    """The workspace."""
+    strategy: str
+    """One of "recompute" and "stream": "auto" is resolved by then."""
+    backend: str
+    """One of `backends.BACKENDS`."""
+    needs: list[bool]
+    """Whether hidden, weight and bias get a gradient; operators cannot see `requires_grad`."""
+
+    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        """The output layer (V, D); casts of its weight take an eighth of the workspace."""
+        return Head(
+            weight, bias, Transform(self.scale, self.softcap), self.dtype, self.max_bytes // 8
+        )
+
+
+_SCHEMA = {
+    int: "SymInt", float: "float", float | None: "float?", bool: "bool", list[bool]: "bool[]",
+    str: "str", torch.dtype: "ScalarType",
+}  # fmt: skip
+
+
+def schema(kind: type[Objective] | type[Settings]) -> str:
+    """The fields of `kind` as arguments in the language of operator schemas."""
+    hints = typing.get_type_hints(kind)
+    return ", ".join(f"{_SCHEMA[hint]} {name}" for name, hint in hints.items())
 
 
 def gathered_rows(width: int, itemsize: int) -> int:

@@ -34,7 +34,7 @@ from rpo_kernels.backends import tiles, triton_sparse, triton_tail
 from rpo_kernels.backends import triton_backend as backend
 from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.losses import LOSSES
-from rpo_kernels.spec import Transform
+from rpo_kernels.spec import Objective, Transform
 
 N, V, D, PANEL, RAGGED = 65536, 262144, 8192, 32768, 1040
 TARGETS = {
@@ -133,9 +133,8 @@ def tail_calls(losses):
     for number, loss in enumerate(losses):
         ref = torch.empty(128, device="meta") if LOSSES[loss].reference else None
         reduction = ("sequence_mean", "sum")[number % 2]
-        yield lambda ref=ref, loss=loss, reduction=reduction: backend.tail(
-            logps, offsets, ref, loss, 0.1, 0.1, 0.5, 0.01, reduction, 64.0, 4096.0
-        )
+        objective = Objective(loss, 0.1, 0.1, 0.5, 0.01, reduction, 64.0, 4096.0)
+        yield lambda ref=ref, objective=objective: backend.tail(logps, offsets, ref, objective)
 
 
 def source(kernel: triton.JITFunction, arguments: dict) -> ASTSource:

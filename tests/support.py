@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 from torch.utils import deterministic
 
-from rpo_kernels import reference
+from rpo_kernels import oracle
 from rpo_kernels.engines.panel import capacity
 
 IGNORE = -100
@@ -149,9 +149,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def exact_logprobs(problem: Problem, **options) -> Tensor:
-    """The truth: `reference.linear_logprobs` in float64."""
+    """The truth: `oracle.linear_logprobs` in float64."""
     bias = None if problem.bias is None else problem.bias.double()
-    return reference.linear_logprobs(
+    return oracle.linear_logprobs(
         problem.hidden.double(), problem.weight.double(), problem.labels, bias=bias, **options
     )
 
@@ -176,15 +176,15 @@ def plain_logprobs(
 
 
 def plain_rpo_loss(*args, **options) -> Tensor:
-    """`reference.rpo_loss` on the plain same-dtype log-probs."""
-    with mock.patch.object(reference, "linear_logprobs", plain_logprobs):
-        return reference.rpo_loss(*args, **options)
+    """`oracle.rpo_loss` on the plain same-dtype log-probs."""
+    with mock.patch.object(oracle, "linear_logprobs", plain_logprobs):
+        return oracle.rpo_loss(*args, **options)
 
 
 def loss_of_logps(logps: Tensor, problem: Problem, **options) -> Tensor:
-    """The loss of design section 1 from log-probs (2B, T) of tokens."""
-    with mock.patch.object(reference, "linear_logprobs", lambda *_, **__: logps):
-        return reference.rpo_loss(
+    """The oracle's loss from log-probs (2B, T) of tokens."""
+    with mock.patch.object(oracle, "linear_logprobs", lambda *_, **__: logps):
+        return oracle.rpo_loss(
             problem.hidden, problem.weight, problem.labels, problem.ref_logps, **options
         )
 
@@ -320,7 +320,7 @@ def token_budgets(problem: Problem, **heads) -> Tensor:
 
 
 def loss_budget(problem: Problem, **options) -> float:
-    """`value_budget` of `reference.rpo_loss`."""
+    """`value_budget` of `oracle.rpo_loss`."""
     heads = {k: options[k] for k in ("logit_scale", "logit_softcap") if k in options}
     rest = {k: v for k, v in options.items() if k not in heads}
 

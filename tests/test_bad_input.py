@@ -1,4 +1,4 @@
-"""Every wrong argument of design section 5.6: the exception, and argument, expectation and value.
+"""Every wrong argument: the exception, and the message's argument, expectation and value.
 
 All are raised before any kernel runs: the operators raise in turn if they are called. Labels out of
 range are found by an operator while it counts the kept rows: there the backend's functions raise.
@@ -11,6 +11,8 @@ import math
 import re
 import subprocess
 import sys
+import types
+import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +104,7 @@ HEAD = [
     Bad("max_workspace_mb", 1e15, ValueError, "None or a number of MiB > 0", "1000000000000000.0"),
     Bad("max_workspace_mb", "64", TypeError, "None or a number of MiB > 0", "64"),
     Bad("backend", "cuda", ValueError, "one of auto, triton, torch", "'cuda'"),
-    Bad("backend", None, ValueError, "one of auto, triton, torch", "None"),
+    Bad("backend", None, TypeError, "one of auto, triton, torch", "None"),
     Bad("grad_tolerance", -0.1, ValueError, "[0, 1)", "-0.1"),
     Bad("grad_tolerance", 1.0, ValueError, "[0, 1)", "1.0"),
     Bad("grad_tolerance", NAN, ValueError, "[0, 1)", "nan"),
@@ -131,7 +133,7 @@ SEQUENCES = [
     Bad("num_pairs", "2", TypeError, "a Python number", "str"),
     Bad("num_pairs", True, TypeError, "a Python number", "bool"),
     Bad("strategy", "fast", ValueError, "one of auto, recompute, stream", "'fast'"),
-    Bad("strategy", None, ValueError, "one of auto, recompute, stream", "None"),
+    Bad("strategy", None, TypeError, "one of auto, recompute, stream", "None"),
     Bad("max_workspace_mb", 1e-5, ValueError, "room for one row of the vocabulary", "MiB",
         {"strategy": "stream"}),
     Bad("max_workspace_mb", 1e-3, ValueError, "room for", "MiB",
@@ -156,10 +158,10 @@ LOSS = [
     Bad("label_smoothing", "0.1", TypeError, "[0, 0.5)", "0.1"),
     Bad("label_smoothing", 0.0, ValueError, "a number > 0", "0.0", {"loss_type": "exo_pair"}),
     Bad("loss_type", "dpo", ValueError, "one of sigmoid", "'dpo'"),
-    Bad("loss_type", None, ValueError, "one of sigmoid", "None"),
-    Bad("loss_type", ["sigmoid"], ValueError, "one of sigmoid", "['sigmoid']"),
+    Bad("loss_type", None, TypeError, "one of sigmoid", "None"),
+    Bad("loss_type", ["sigmoid"], TypeError, "one of sigmoid", "['sigmoid']"),
     Bad("sft_reduction", "mean", ValueError, "sum, sequence_mean, token_mean", "'mean'"),
-    Bad("sft_reduction", None, ValueError, "sum, sequence_mean, token_mean", "None"),
+    Bad("sft_reduction", None, TypeError, "sum, sequence_mean, token_mean", "None"),
     Bad("scale_eta_by_beta", "no", TypeError, "None, True or False", "'no'"),
     Bad("simpo_gamma", 0.5, ValueError, "None with loss_type='sigmoid'", "0.5"),
     Bad("simpo_gamma", -1.0, ValueError, "number >= 0", "-1.0", FREE | {"loss_type": "simpo"}),
@@ -217,10 +219,13 @@ def good(function: str) -> dict:
     return found
 
 
+def public_name(function: str, name: str) -> str:
+    """What `function` calls the argument that this table calls `name`."""
+    return "targets" if (function, name) == ("linear_logprobs", "labels") else name
+
+
 def call(function: str, arguments: dict):
-    if function == "linear_logprobs":
-        arguments = {{"labels": "targets"}.get(k, k): v for k, v in arguments.items()}
-    return FUNCTIONS[function](**arguments)
+    return FUNCTIONS[function](**{public_name(function, k): v for k, v in arguments.items()})
 
 
 class Called(AssertionError):
@@ -260,11 +265,44 @@ def test_bad_argument(function, bad, no_operator):
         call(function, good(function) | bad.others | {bad.name: bad.value})
     assert type(raised.value) is bad.error
     message = str(raised.value)
-    names = {bad.name, "targets"} if bad.name == "labels" else {bad.name}
-    assert any(re.match(rf"{name}: (.*)expected ", message) for name in names), message
+    assert re.match(rf"{public_name(function, bad.name)}: (.*)expected ", message), message
     expected, got = message.split("expected ", 1)[1].split(", got ", 1)
     assert bad.expected in expected, message
     assert bad.got in got, message
+
+
+ANYTHING = [object(), "no", b"1", 1, 1.5, True, None, [1], {}, torch.tensor(1.0)]
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Whether `value` is of an annotated type; an int is a float too, but no bool is a number."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int):
+        return bool({int, float} & {*kinds})
+    return any(isinstance(value, typing.get_origin(k) or k) for k in kinds)
+
+
+WRONG_TYPES = [
+    (function, name, value)
+    for function, called in FUNCTIONS.items()
+    for name, kind in typing.get_type_hints(called).items()
+    for value in ANYTHING
+    if name != "return" and not fits(value, kind)
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "value"),
+    WRONG_TYPES,
+    ids=[f"{f}-{n}={type(v).__name__}" for f, n, v in WRONG_TYPES],
+)
+def test_every_argument_has_its_annotated_type(function, name, value, no_operator):
+    """From the signatures: an argument added tomorrow is checked or fails here."""
+    given = {public_name(function, k): v for k, v in good(function).items()}
+    with pytest.raises(TypeError, match=f"^{name}: expected "):
+        FUNCTIONS[function](**given | {name: value})
 
 
 @pytest.fixture
@@ -294,7 +332,8 @@ def test_labels_out_of_range(function, options, label, no_kernel):
     with pytest.raises(ValueError) as raised:
         call(function, arguments)
     message = str(raised.value)
-    assert message.startswith("labels: expected values in [0, 20) or ignore_index=-100, got ")
+    name = public_name(function, "labels")
+    assert message.startswith(f"{name}: expected values in [0, 20) or ignore_index=-100, got ")
     assert str(label) in message and "mask padding" in message
 
 

@@ -26,8 +26,9 @@ from support import (
     workspace_for,
 )
 
-from rpo_kernels import api, fused_preference_loss, fused_rpo_loss, linear_logprobs, ops, reference
+from rpo_kernels import fused_preference_loss, fused_rpo_loss, linear_logprobs, ops, oracle
 from rpo_kernels.engines import recompute, streaming
+from rpo_kernels.strategy import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
 
 ROOT = Path(__file__).parent.parent
 STRATEGIES = ("recompute", "stream")
@@ -262,9 +263,7 @@ def test_autocast_is_the_bfloat16_computation(kind, hidden_dtype, panels):
         return differentiate(lambda p: function(*p[:3], p.ref_logps, eta=0.1), p)
 
     plain = other(plain_logprobs if kind == "logprobs" else plain_rpo_loss, half)
-    truth = other(
-        reference.linear_logprobs if kind == "logprobs" else reference.rpo_loss, double(half)
-    )
+    truth = other(oracle.linear_logprobs if kind == "logprobs" else oracle.rpo_loss, double(half))
     rounded = found | {name: found[name].bfloat16() for name in ("hidden", "weight")}
     if kind != "logprobs":
         gap = abs(rounded.pop("out") - truth.pop("out"))
@@ -437,4 +436,4 @@ def test_auto_on_cpu_is_the_torch_backend():
     assert_close_bits(
         differentiate(rpo(backend="auto"), problem), differentiate(rpo(backend="torch"), problem)
     )
-    assert api.CPU_WORKSPACE_MB == 512 and api.GPU_WORKSPACE_MB == 1024  # as documented
+    assert CPU_WORKSPACE_MB == 512 and GPU_WORKSPACE_MB == 1024  # as documented

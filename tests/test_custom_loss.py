@@ -1,4 +1,4 @@
-"""`fused_preference_loss`: a loss of one's own runs on both engines and under the compiler."""
+"""`fused_preference_loss`: a custom loss runs on both engines and under the compiler."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from support import (
     workspace_for,
 )
 
-from rpo_kernels import fused_preference_loss, reference
+from rpo_kernels import fused_preference_loss, oracle
 
 STRATEGIES = ("recompute", "stream")
 
@@ -65,7 +65,7 @@ def assert_is_rpo(found: Result, problem: Problem) -> None:
     def loss(function):
         return lambda p: function(*p[:3], p.ref_logps, bias=p.bias, **options)
 
-    truth = differentiate(loss(reference.rpo_loss), double(problem))
+    truth = differentiate(loss(oracle.rpo_loss), double(problem))
     if problem.hidden.dtype == torch.float64:
         bounds = loss_bounds(problem, lambda x: loss_of_logps(x, problem, **options))
         assert_within_bounds(found, truth, bounds)

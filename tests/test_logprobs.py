@@ -1,4 +1,4 @@
-"""`linear_logprobs`: values and gradients against float64, within the budget of design section 5.1.
+"""`linear_logprobs`: values and gradients against float64, within the plain budget (`support`).
 
 Memory that `torch.empty` returns is poisoned with NaN throughout.
 """
@@ -34,7 +34,7 @@ from support import (
     workspace_for,
 )
 
-from rpo_kernels import fused_preference_loss, linear_logprobs, ops, reference
+from rpo_kernels import fused_preference_loss, linear_logprobs, ops, oracle
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,7 +59,7 @@ def three_ways(problem: Problem, ours: dict | None = None, **options):
     return (
         differentiate(call(linear_logprobs, **options, **(ours or {})), problem, upstream),
         differentiate(call(plain_logprobs, **options), problem, upstream),
-        differentiate(call(reference.linear_logprobs, **options), double(problem), upstream),
+        differentiate(call(oracle.linear_logprobs, **options), double(problem), upstream),
     )
 
 
@@ -158,7 +158,7 @@ def test_any_labels(data):
     upstream = upstream_for(problem)
     found = differentiate(call(linear_logprobs, ignore_index=ignore), problem, upstream)
     masked = problem._replace(labels=torch.where(labels == ignore, IGNORE, labels))
-    truth = differentiate(call(reference.linear_logprobs), masked, upstream)
+    truth = differentiate(call(oracle.linear_logprobs), masked, upstream)
     assert_within_bounds(found, truth, rounding_bounds(masked, upstream))
     assert (found["out"][labels == ignore] == 0).all()
 
@@ -168,7 +168,7 @@ def test_any_leading_shape(shape):
     problem = tokens(5, shape, 16, 33, torch.float64, ignored=0.2)
     upstream = upstream_for(problem)
     found = differentiate(call(linear_logprobs), problem, upstream)
-    truth = differentiate(call(reference.linear_logprobs), problem, upstream)
+    truth = differentiate(call(oracle.linear_logprobs), problem, upstream)
     assert found["out"].shape == shape and found["hidden"].shape == (*shape, 16)
     assert_within_bounds(found, truth, rounding_bounds(problem, upstream))
 
@@ -208,7 +208,7 @@ def test_non_contiguous_labels_and_strided_weight():
     (grad,) = torch.autograd.grad(linear_logprobs(problem.hidden, leaf, labels).sum(), leaf)
     ones = torch.ones(labels.shape)
     plain = differentiate(call(plain_logprobs), problem, ones)["weight"]
-    truth = differentiate(call(reference.linear_logprobs), double(problem), ones)["weight"]
+    truth = differentiate(call(oracle.linear_logprobs), double(problem), ones)["weight"]
     assert_within_plain_budget({"weight": grad}, {"weight": plain}, {"weight": truth})
 
 
@@ -288,7 +288,7 @@ def test_rows_without_upstream_gradient(monkeypatch):
     monkeypatch.setattr(torch_backend, "exp_panel", spy)
     found = differentiate(call(linear_logprobs), problem, upstream)
     assert max(seen) == 30
-    truth = differentiate(call(reference.linear_logprobs), problem, upstream)
+    truth = differentiate(call(oracle.linear_logprobs), problem, upstream)
     assert_within_bounds(found, truth, rounding_bounds(problem, upstream))
     assert (found["hidden"][10:40] == 0).all()
     nothing = differentiate(call(linear_logprobs), problem, torch.zeros(60))
@@ -317,10 +317,10 @@ def test_rows_of_very_different_weight_keep_their_own_precision(dtype):
     problem = tokens(14, (26,), 48, 511, dtype, ignored=0)
     upstream = 10.0 ** -torch.arange(26).double().div(2 if dtype != torch.float16 else 8)
     found = differentiate(call(linear_logprobs), problem, upstream)["hidden"]
-    truth = differentiate(call(reference.linear_logprobs), double(problem), upstream)["hidden"]
+    truth = differentiate(call(oracle.linear_logprobs), double(problem), upstream)["hidden"]
     errors = [relative_error(a, b) for a, b in zip(found, truth, strict=True)]
     ones = differentiate(call(plain_logprobs), problem)["hidden"]
-    base = differentiate(call(reference.linear_logprobs), double(problem))["hidden"]
+    base = differentiate(call(oracle.linear_logprobs), double(problem))["hidden"]
     plain = [relative_error(a, b) for a, b in zip(ones, base, strict=True)]
     for error, own in zip(errors, plain, strict=True):
         assert error <= 2 * max(plain) + torch.finfo(dtype).eps, (error, own)
@@ -358,7 +358,7 @@ def test_a_bad_row_keeps_its_block_whole(bad):
         differentiate(call(function), p, one)["hidden"][others]
         for function, p in (
             (plain_logprobs, problem),
-            (reference.linear_logprobs, double(problem)),
+            (oracle.linear_logprobs, double(problem)),
         )
     )
     problem.hidden[7] = bad
@@ -445,7 +445,7 @@ def test_float16_matmuls_do_not_overflow_where_the_gradient_fits():
     upstream = torch.full((4096,), 1 / 4096).double()
     found = differentiate(call(linear_logprobs), problem, upstream)
     plain = differentiate(call(plain_logprobs), problem, upstream)
-    truth = differentiate(call(reference.linear_logprobs), double(problem), upstream)
+    truth = differentiate(call(oracle.linear_logprobs), double(problem), upstream)
     assert plain["weight"].isfinite().all()
     assert_within_plain_budget(found, plain, truth)
 
@@ -474,7 +474,7 @@ def test_float16_sums_of_large_channels_do_not_overflow(size, way):
         return loss[0]
 
     found = differentiate(run, problem)
-    truth = differentiate(functools.partial(run, logps=reference.linear_logprobs), double(problem))
+    truth = differentiate(functools.partial(run, logps=oracle.linear_logprobs), double(problem))
     plain = differentiate(functools.partial(run, logps=plain_logprobs), problem)
     assert 100 < truth["weight"].abs().max() < 60000
     # skipping leaves out that share of the L1 mass of dlogits, at most 2 a token that counts
@@ -491,7 +491,7 @@ def test_masked_vocabulary_entries():
     problem = problem._replace(labels=problem.labels % 600, bias=torch.zeros(700))
     small = Problem(problem.hidden, problem.weight[:600], problem.labels, torch.zeros(600))
     plain = differentiate(call(plain_logprobs), small)
-    truth = differentiate(call(reference.linear_logprobs), double(small))
+    truth = differentiate(call(oracle.linear_logprobs), double(small))
     off = problem.bias.clone()
     off[600:] = -1e30
     found = differentiate(call(linear_logprobs), problem._replace(bias=off))

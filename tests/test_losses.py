@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import assert_within_roundings, examples
 
-from rpo_kernels import reference
+from rpo_kernels import oracle
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS, sft_weight, total_terms
+from rpo_kernels.spec import Objective
 
 LN2 = math.log(2)
 MEANS = {"ipo", "simpo", "orpo"}
@@ -40,10 +41,10 @@ def test_the_table_names_what_each_loss_takes():
         assert "arXiv" in loss.pair.__doc__  # each cites its source
 
 
-def oracle(name, c, r, beta, epsilon, gamma):
-    """Value and slopes of `reference.preference_losses` by autograd, float64."""
+def value_and_slopes(name, c, r, beta, epsilon, gamma):
+    """Value and slopes of `oracle.preference_losses` by autograd, float64."""
     c, r = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (c, r))
-    value = reference.preference_losses(name, c, r, beta, epsilon, gamma)
+    value = oracle.preference_losses(name, c, r, beta, epsilon, gamma)
     slopes = torch.autograd.grad(value.sum(), (c, r), allow_unused=True)
     return value.item(), *(0.0 if slope is None else slope.item() for slope in slopes)
 
@@ -60,7 +61,7 @@ def test_value_and_slopes_are_those_of_the_oracle(name):
         if name == "hinge" and abs(1 - beta * (c - r)) < 1e-9:
             return  # the kink: any slope between is one
         found = [x.item() for x in LOSSES[name].pair(*inputs, beta, epsilon, gamma)]
-        truth = oracle(name, c, r, beta, epsilon, gamma)
+        truth = value_and_slopes(name, c, r, beta, epsilon, gamma)
         # every intermediate is rounded; the largest sets by how much. An exponential turns that
         # absolute error of its argument into a relative one of its value.
         size = 1 + beta * (abs(c) + abs(r)) + gamma
@@ -169,7 +170,9 @@ def test_sft_weight_is_the_table_of_the_design(reduction, scaled, weight):
 @pytest.mark.parametrize("reduction", SFT_REDUCTIONS)
 def test_total_terms_divide_by_the_right_count(reduction):
     table = torch.tensor([[1.0, 10.0, 0.0], [2.0, 20.0, 0.0]])
-    assert total_terms(table, reduction, 4.0, 60.0).tolist() == [
+    assert total_terms(
+        table, Objective("sigmoid", 0.1, 0.0, 0.5, 1.0, reduction, 4.0, 60.0)
+    ).tolist() == [
         0.75,
         0.5 if reduction == "token_mean" else 7.5,
     ]

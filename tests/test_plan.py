@@ -10,7 +10,7 @@ from rpo_kernels import plan
 from rpo_kernels.backends import torch_backend
 from rpo_kernels.engines import streaming
 from rpo_kernels.rows import keep_rows
-from rpo_kernels.spec import Head, Transform
+from rpo_kernels.spec import Head, Settings, Transform
 
 WIDTH, VOCAB = 64, 4096
 
@@ -75,11 +75,15 @@ def test_streaming_estimate_bounds_what_the_engine_allocates(megabytes):
     with Peak() as peak:
         offsets = torch.arange(0, 2 * pairs * length + 1, length, dtype=torch.int32)
         rows, starts = keep_rows(labels.flatten(), VOCAB, -100, True, offsets)
+        settings = Settings(
+            -100, 1.0, None, torch.float32, True, 0.0, megabytes * 2**20, "stream", "torch",
+            [True, True, False],
+        )  # fmt: skip
         head = Head(weight.detach(), None, Transform(), torch.float32)
         streaming.loss_and_grads(
             hidden.detach().flatten(0, 1), rows, starts, head, torch_backend,
             lambda first, last, logps: (logps.new_zeros(last - first, 6), torch.ones_like(logps)),
-            megabytes * 2**20, (True, True, False),
+            settings,
         )  # fmt: skip
     gradients = 4 * (hidden.numel() + weight.numel())
     assert peak.peak - gradients <= 1.35 * estimate.extra + megabytes * 2**20 / 4

@@ -32,7 +32,7 @@ from support import (
     workspace_for,
 )
 
-from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs, reference
+from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs, oracle
 from rpo_kernels.engines import panel, streaming
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
 
@@ -62,7 +62,7 @@ def run(problem: Problem, **options):
 
 
 def truth_of(problem: Problem, **options):
-    return differentiate(call(reference.rpo_loss, **options), double(problem))
+    return differentiate(call(oracle.rpo_loss, **options), double(problem))
 
 
 def check(problem: Problem, ours: dict, **options) -> None:
@@ -370,7 +370,7 @@ def test_upstream_gradient_scales(factor, strategy):
         return differentiate(lambda p: factor * call(function, **options)(p), own)
 
     found, plain = scaled(fused_rpo_loss, strategy=strategy), scaled(plain_rpo_loss)
-    truth = scaled(reference.rpo_loss, wide=True)
+    truth = scaled(oracle.rpo_loss, wide=True)
     gap = abs(found.pop("out").double() - truth.pop("out"))
     assert gap <= abs(factor) * loss_budget(problem)
     del plain["out"]
@@ -547,7 +547,7 @@ def test_streaming_in_pieces(rows, chunks, dtype, frozen, monkeypatch):
     ours = call(fused_rpo_loss, strategy="stream", max_workspace_mb=workspace, **options)
     found = differentiate(ours, problem, frozen=frozen)
     plain = differentiate(call(plain_rpo_loss, **options), problem, frozen=frozen)
-    truth = differentiate(call(reference.rpo_loss, **options), double(problem), frozen=frozen)
+    truth = differentiate(call(oracle.rpo_loss, **options), double(problem), frozen=frozen)
     assert abs(found.pop("out").double() - truth.pop("out")) <= loss_budget(problem, **options)
     del plain["out"]
     assert_within_plain_budget(found, plain, truth)

@@ -1,16 +1,19 @@
 """Every bad key, value, combination, recipe, file and row, and what is said of it: one table."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
+import torch
 from trainer_tiny import ANSWER, GOOD, TALK, USER, tiny_config
 
+from rpo_kernels import fused_rpo_loss
+from rpo_kernels.losses import LOSSES
 from trainer.config import InputError, RunConfig
 from trainer.data import BadRows
 from trainer.loading import locate_model
 from trainer.model import loss_options
 from trainer.recipe import parse_config
-from trainer.reference import check_reference
 from trainer.sources import check_rows, read_file
 
 
@@ -20,7 +23,6 @@ def fields(values, _):
 
 def before_start(values, _):
     config = tiny_config(**values)
-    check_reference(config)
     loss_options(config)
     locate_model(config)
 
@@ -229,21 +231,18 @@ BAD = [
         {"lr_scheduler_type": "constant", "warmup_ratio": 0.2},
         "lr_scheduler_type: expected constant_with_warmup where warmup_ratio is given",
     ),
-    # What the loss, the reference and the model refuse before anything is loaded.
-    (before_start, {"loss_type": "dpo"}, "loss_type: expected one of"),
-    (before_start, {"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
-    (before_start, {"loss_type": "exo_pair"}, "label_smoothing"),
-    (
-        before_start,
-        {"reference": "none"},
-        "reference: sigmoid compares with a reference model, got none",
-    ),
-    (
-        before_start,
-        {"loss_type": "simpo"},
-        "reference: expected none, as simpo is reference-free, got precomp",
-    ),
-    (before_start, {"loss_type": "dpo"}, "loss_type: expected one of sigmoid, robust"),
+    # What the loss does not define.
+    (fields, {"loss_type": "dpo"}, "loss_type: expected one of sigmoid, robust"),
+    (fields, {"loss_type": "Sigmoid"}, "got 'Sigmoid'; did you mean sigmoid?"),
+    (fields, {"loss_type": "simp0", "reference": "none"}, "got 'simp0'; did you mean simpo?"),
+    (fields, {"dtype": "bf16"}, "got 'bf16'; did you mean bfloat16?"),
+    (fields, {"beta": 1e39}, "beta: expected a finite number > 0 in float32, got 1e+39"),
+    (fields, {"eta": 1e39}, "eta: expected a finite number >= 0 in float32"),
+    (fields, {"logit_scale": 1e39}, "logit_scale: expected null or a number > 0 in float32"),
+    (fields, {"max_workspace_mb": 1e15}, "max_workspace_mb: expected None or a number of MiB > 0"),
+    (fields, {"reference": "none"}, "reference: sigmoid compares with a reference model, got none"),
+    (fields, {"loss_type": "simpo"}, "reference: expected none, as simpo is reference-free"),
+    # What the model refuses before anything is loaded.
     (
         before_start,
         {"model_name_or_path": "package:no_such_package"},
@@ -349,6 +348,24 @@ def test_bad_input_is_named(use, given, message, tmp_path):
     with pytest.raises(InputError) as error:
         use(given, tmp_path)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("reference", ["precomputed", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_config_takes_the_combinations_that_the_loss_takes(
+    loss_type, label_smoothing, reference
+):
+    chosen = {"loss_type": loss_type, "label_smoothing": label_smoothing}
+    hidden, labels = torch.zeros(2, 1, 8), torch.zeros(2, 1, dtype=torch.int64)
+    logps = None if reference == "none" else torch.zeros(2)
+    try:
+        fused_rpo_loss(hidden, hidden[:, 0], labels, logps, **chosen)
+        takes = LOSSES[loss_type].reference == (reference != "none")
+    except ValueError:
+        takes = False
+    with nullcontext() if takes else pytest.raises(InputError):
+        fields(chosen | {"reference": reference}, None)
 
 
 def test_skip_counts_bad_rows_by_reason(tmp_path):

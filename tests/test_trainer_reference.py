@@ -29,7 +29,7 @@ from trainer.config import InputError
 from trainer.packing import Step, pack, plan_pass, share_prefixes
 from trainer.recipe import parse_config
 from trainer.ref_cache import ROW, Table, data_key, model_key
-from trainer.reference import Reference, check_reference, fill, scorer
+from trainer.reference import Reference, fill, scorer
 
 PAIRS = 10
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
@@ -307,10 +307,6 @@ def test_a_folder_that_cannot_be_written_is_named(train, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="ref_cache_dir: cannot write .*give a folder that can"):
         train("--ref_cache_dir", tmp_path / "file")
-
-
-def test_a_reference_free_loss_needs_no_reference():
-    check_reference(parse_config(["--loss_type", "cpo", "--reference", "none"]))
 
 
 def test_reference_free_losses_run_without(train, tmp_path):

@@ -89,7 +89,7 @@ def test_without_eta_it_is_plain_dpo():
 
 
 def test_reference_free_losses_need_no_reference():
-    policy, accelerator = tiny_policy(loss_type="simpo")
+    policy, accelerator = tiny_policy(loss_type="simpo", reference="none")
     step = Step((((0, 1),),))
     values = run_step(policy, as_split(tiny_split(2).pairs), step, accelerator, train=True)
     assert METRICS[-1] == "logps/chosen_delta" and values[-1].isnan()  # against nothing

@@ -29,7 +29,7 @@ from support import (
     workspace_for,
 )
 
-from rpo_kernels import fused_preference_loss, fused_rpo_loss, linear_logprobs, reference
+from rpo_kernels import fused_preference_loss, fused_rpo_loss, linear_logprobs, oracle
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +68,7 @@ def test_logprobs(dtype, bias, options):
     upstream = torch.randn(70, dtype=torch.float64, device=DEVICE)
     found = differentiate(logprobs(linear_logprobs, **on_triton, **options), problem, upstream)
     plain = differentiate(logprobs(plain_logprobs, **options), problem, upstream)
-    exact = logprobs(reference.linear_logprobs, **options)
+    exact = logprobs(oracle.linear_logprobs, **options)
     assert_within_plain_budget(found, plain, differentiate(exact, double(problem), upstream))
 
 
@@ -82,7 +82,7 @@ def test_loss(dtype, strategy, room):
     problem = on_device(problem)
     ours = rpo(fused_rpo_loss, strategy=strategy, max_workspace_mb=room, **on_triton)
     found, plain = differentiate(ours, problem), differentiate(rpo(plain_rpo_loss), problem)
-    truth = differentiate(rpo(reference.rpo_loss), double(problem))
+    truth = differentiate(rpo(oracle.rpo_loss), double(problem))
     gap = abs(found.pop("out").double() - truth.pop("out"))
     assert gap <= loss_budget(problem, eta=0.5)
     del plain["out"]
@@ -137,7 +137,7 @@ def test_a_custom_loss_on_either_backend(strategy, tolerance):
         return lambda p: of_logps(function(p.hidden, p.weight, p.labels))
 
     plain = differentiate(by(plain_logprobs), problem)
-    truth = differentiate(by(reference.linear_logprobs), double(problem))
+    truth = differentiate(by(oracle.linear_logprobs), double(problem))
     exact = exact_logprobs(problem).requires_grad_()
     (slope,) = torch.autograd.grad(of_logps(exact), exact)
     mass = tolerance * 2 * slope.abs().sum()  # |onehot - P|_1 <= 2

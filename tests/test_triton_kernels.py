@@ -19,7 +19,7 @@ from rpo_kernels.backends import tiles, torch_backend
 from rpo_kernels.backends import triton_backend as backend
 from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
-from rpo_kernels.spec import Transform
+from rpo_kernels.spec import Objective, Transform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOG2E = math.log2(math.e)
@@ -416,9 +416,8 @@ def make_tail(counts, seed=0):
 
 
 def run_tail(logps, offsets, ref, loss_type, reduction, pairs=PAIRS, tokens=TOKENS):
-    return backend.tail(
-        logps, offsets, ref, loss_type, BETA, EPSILON, GAMMA, WEIGHT, reduction, pairs, tokens
-    )
+    objective = Objective(loss_type, BETA, EPSILON, GAMMA, WEIGHT, reduction, pairs, tokens)
+    return backend.tail(logps, offsets, ref, objective)
 
 
 @pytest.mark.parametrize("with_ref", [True, False])
@@ -463,9 +462,11 @@ def test_tail_of_impossible_tokens(loss_type, smoothing):
         pytest.skip("not defined")
     logps, offsets, ref = make_tail([3, 4, 5, 6])
     logps[1], logps[-1] = -math.inf, -math.inf
-    rest = ref if LOSSES[loss_type].reference else None, loss_type, BETA, smoothing, GAMMA
-    rest += WEIGHT, "sum", PAIRS, TOKENS
-    found, wanted = (tail(logps, offsets, *rest) for tail in (backend.tail, torch_backend.tail))
+    ref = ref if LOSSES[loss_type].reference else None
+    objective = Objective(loss_type, BETA, smoothing, GAMMA, WEIGHT, "sum", PAIRS, TOKENS)
+    found, wanted = (
+        module.tail(logps, offsets, ref, objective) for module in (backend, torch_backend)
+    )
     torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-6, atol=1e-12)
 
 

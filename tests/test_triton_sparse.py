@@ -26,7 +26,7 @@ from support import (
     relative_error,
 )
 
-from rpo_kernels import fused_rpo_loss, reference
+from rpo_kernels import fused_rpo_loss, oracle
 from rpo_kernels.backends import tiles, torch_backend, triton_sparse
 from rpo_kernels.backends import triton_backend as backend
 
@@ -262,7 +262,7 @@ def test_loss_with_tolerance(bias):
         out.loss.backward()
         results[name] = out, [x.grad.cpu() for x in leaves]
     dense, sparse = results["torch"], results["triton"]
-    budget, truth = loss_budget(problem), differentiate(rpo(reference.rpo_loss), double(problem))
+    budget, truth = loss_budget(problem), differentiate(rpo(oracle.rpo_loss), double(problem))
     plain = differentiate(rpo(plain_rpo_loss), problem)
     for out, _ in results.values():
         assert abs(out.loss.detach().cpu().double() - truth["out"]) <= budget

@@ -6,10 +6,14 @@ A problem is a message that names the field, what was expected, what came, what 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
+
+from rpo_kernels.checks import LARGEST, check_loss, check_run
+from rpo_kernels.losses import LOSSES
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -19,8 +23,8 @@ FILLED = ("model_name_or_path", "output_dir", "lora_target_modules")  # may not 
 
 # What each field's value must be, in words and as a test; null passes where a field may be null.
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "logit_scale": ("null or a number > 0", lambda x: 0 < x < float("inf")),
-    "logit_softcap": ("null or a number > 0", lambda x: 0 < x < float("inf")),
+    "logit_scale": ("null or a number > 0 in float32", lambda x: 0 < x <= LARGEST),
+    "logit_softcap": ("null or a number > 0 in float32", lambda x: 0 < x <= LARGEST),
     "train_weights": ("numbers > 0", lambda x: all(0 < y < float("inf") for y in x)),
     "eval_split_ratio": ("a number in [0, 1)", lambda x: 0 <= x < 1),
     "max_length": ("an integer >= 8", lambda x: x >= 8),
@@ -142,6 +146,38 @@ def problems(config: RunConfig) -> Iterator[str]:
     for message, holds in IMPOSSIBLE.items():
         if holds(config):
             yield message.format(**vars(config))
+    yield from _loss_problems(config)
+
+
+def _loss_problems(config: RunConfig) -> Iterator[str]:
+    """What the loss does not define; its coefficients are the kernels' to judge, once, here."""
+    name, reference = config.loss_type, config.reference
+    if name not in LOSSES:
+        yield f"loss_type: {not_among(name, LOSSES)}"
+        return
+    free = ", ".join(name for name, loss in LOSSES.items() if not loss.reference)
+    if LOSSES[name].reference and reference == "none":
+        yield (
+            f"reference: {name} compares with a reference model, got none; use precomputed, or a "
+            f"reference-free loss_type ({free})"
+        )
+    if not LOSSES[name].reference and reference != "none":
+        yield f"reference: expected none, as {name} is reference-free, got {reference}"
+    try:
+        check_loss(
+            name, config.beta, config.eta, config.label_smoothing, config.sft_reduction,
+            config.scale_eta_by_beta, simpo_gamma=None,
+        )  # fmt: skip
+        check_run(config.backend, config.max_workspace_mb)
+    except ValueError as error:
+        yield str(error)
+
+
+def not_among(value: object, choices: Iterable[str]) -> str:
+    """What was expected, and what came instead, with the choice it resembles."""
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"expected one of {', '.join(choices)}, got {value!r}{hint}"
 
 
 def convert(value: object, kind: object) -> object:
@@ -157,7 +193,7 @@ def convert(value: object, kind: object) -> object:
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
-            raise ValueError(f"expected one of {', '.join(choices)}, got {value!r}")
+            raise ValueError(not_among(value, choices))
         return value
     if typing.get_origin(kind) is tuple:
         values = [] if value is None else value if isinstance(value, list | tuple) else [value]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from trainer.packing import Step, pack, plan_pass
 from trainer.pairs import Split
 from trainer.report import RunLog, progress
 from trainer.stop import Stopped, StopSignal
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
 
 METRICS = (
     "loss", "loss/dpo", "loss/sft", "rewards/accuracies", "rewards/margins",
@@ -251,6 +256,8 @@ def peak_memory() -> float:
     """Largest memory of this process so far in GiB: of tensors on a GPU, resident on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs
+from rpo_kernels import RPOOutput, linear_logprobs
+from rpo_kernels.backends import choose_backend
 from trainer.attention import NAME as ATTENTION
 from trainer.attention import use_pair_attention
 from trainer.config import InputError, RunConfig
@@ -38,21 +39,17 @@ HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 def loss_options(config: RunConfig) -> dict[str, object]:
-    """The arguments of `fused_rpo_loss` that the config decides, tried out on one token.
+    """The arguments of `fused_rpo_loss` that the config decides.
 
     Raises:
-        InputError: a value or a combination that the loss does not define, or a backend that cannot
-            run here.
+        InputError: the backend cannot run on this machine; everything else the config has checked.
     """
-    options = {name: getattr(config, name) for name in LOSS_FIELDS}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hidden = torch.zeros(2, 1, 16, device=device)
-    labels = torch.zeros(2, 1, dtype=torch.long, device=device)
     try:
-        fused_rpo_loss(hidden, hidden[:, 0], labels, None, **options)
-    except (ValueError, RuntimeError) as error:
+        choose_backend(config.backend, torch.empty(0, device=device))
+    except RuntimeError as error:
         raise InputError(str(error)) from None
-    return options
+    return {name: getattr(config, name) for name in LOSS_FIELDS}
 
 
 class PreferenceModel(nn.Module):

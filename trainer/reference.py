@@ -25,7 +25,6 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from rpo_kernels.losses import LOSSES
 from trainer import adapters, ref_cache
 from trainer.config import InputError, RunConfig
 from trainer.fit import check_fit
@@ -40,29 +39,6 @@ Scorer = Callable[[Batch], Tensor]
 SAMPLE = 4  # pairs that are computed again when a table is loaded
 # |cached - now| <= tolerance * (1 + |now|): batches differ in rounding, other numerics by more.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
-
-
-def check_reference(config: RunConfig) -> None:
-    """Refuse a loss without the reference that it needs, and the other way round.
-
-    Raises:
-        InputError: `loss_type` and `reference` do not fit together, or an unknown loss.
-    """
-    if config.loss_type not in LOSSES:
-        raise InputError(
-            f"loss_type: expected one of {', '.join(LOSSES)}, got {config.loss_type!r}"
-        )
-    free = [name for name, loss in LOSSES.items() if not loss.reference]
-    if config.reference == "none" and config.loss_type not in free:
-        raise InputError(
-            f"reference: {config.loss_type} compares with a reference model, got none; "
-            f"use precomputed, or a reference-free loss_type ({', '.join(free)})"
-        )
-    if config.reference != "none" and config.loss_type in free:
-        raise InputError(
-            f"reference: expected none, as {config.loss_type} is reference-free, "
-            f"got {config.reference}"
-        )
 
 
 class Reference:

@@ -46,7 +46,7 @@ from trainer.optimizer import check_optimizer, make_optimizer, make_schedule
 from trainer.packing import Step, plan_training, regroup, share_prefixes
 from trainer.pairs import Split
 from trainer.recipe import parse_config
-from trainer.reference import Reference, check_reference
+from trainer.reference import Reference
 from trainer.samples import first_prompts, take_samples
 from trainer.sources import read_splits
 from trainer.stop import Stopped, StopSignal
@@ -119,7 +119,6 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
 def check(config: RunConfig) -> Path | None:
     """Refuse what cannot run, before any work; returns the checkpoint to go on from, if any."""
     report.check_trackers(config)
-    check_reference(config)
     check_layers(config)
     check_optimizer(config)
     if config.dry_run:

@@ -1,24 +1,135 @@
-"""Tile arithmetic. Two modules with the same functions, `torch_backend` and `triton_backend`;
-neither imports the other.
+"""Tile arithmetic: the only code that multiplies hidden states with the whole vocabulary.
 
-lse_and_target(hidden, weight, bias, targets, transform, max_bytes) -> (lse, target_logit)
-exp_panel(hidden, weight, bias, shift, targets, v0, transform, out, sums, target_logit) -> None
-kept_products(panel, size, keep, weight, scaled, coef, d_rows, d_weight, d_bias, scale) -> None
-tail(logps, offsets, ref_logps, loss_type, ...) -> (pairs, coef)
+A backend is a module with the functions of `Backend`: `torch_backend` runs anywhere,
+`triton_backend` on GPUs (its kernels stand in `triton_kernels`, `triton_sparse` and `triton_tail`,
+their tile sizes in `tiles`). The two do not import each other.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from types import ModuleType
+from typing import Protocol
 
 from torch import Tensor
+
+from rpo_kernels.spec import Objective, Transform
 
 BACKENDS = ("auto", "triton", "torch")
 
 
-def select(name: str, hidden: Tensor) -> ModuleType:
-    """Return the backend module for tensors like `hidden` (any shape).
+class Backend(Protocol):
+    """What a backend is. The engines check nothing again: arguments are right when they arrive.
+
+    None of the functions raises anything of its own; what a backend cannot run on, `choose_backend`
+    refuses before. Nothing is read back from the device, so that calls queue up there (the gathers
+    of `torch_backend.kept_products` aside).
+
+    Logits are in base 2: ``y = z * log2(e)``, with z of `Transform`. Sums and log-probs are float32
+    (float64 for float64 inputs), "acc" below. Matrices have a contiguous last dimension. Results
+    depend on nothing but the arguments: every sum has a fixed order.
+
+    n rows, D hidden size, V vocabulary, p vocabulary entries of a panel, B pairs.
+    """
+
+    def lse_and_target(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: Transform,
+        max_bytes: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The softmax of every row over some vocabulary entries, and its target's logit.
+
+        Args:
+            hidden: (n, D). weight: (V, D), of hidden's dtype. bias: (V,) or None.
+            targets: (n,) int64 in [0, V); -1 for none, its third result then means nothing.
+            transform: scale and softcap.
+            max_bytes: bound on temporaries.
+
+        Returns:
+            ``shift = max_v y``, ``sums = sum_v 2^(y - shift)``, and ``y - shift`` of the target;
+            each (n,) acc.
+        """
+
+    def exp_panel(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shift: Tensor,
+        targets: Tensor,
+        v0: int,
+        transform: Transform,
+        out: Tensor,
+        sums: Tensor | None = None,
+        target: Tensor | None = None,
+        max_bytes: int = 2**24,
+    ) -> None:
+        """Fill a panel with ``2^(y - shift) * dz/dx``.
+
+        Args:
+            hidden: (n, D). weight: (p, D), the vocabulary entries from `v0` on, of hidden's dtype.
+                bias: (p,) or None.
+            shift: (n,) acc, anything within 86 of the row's largest ``y``.
+            targets: (n,) int64, over the whole vocabulary.
+            v0: first vocabulary entry of the panel.
+            transform: scale and softcap.
+            out: (p, n), written, in hidden's dtype or acc.
+            sums: (n,) acc, ``2^(y - shift)`` summed over the panel is added to it.
+            target: (n,) acc, set to ``y - shift`` of the target where it lies in the panel.
+            max_bytes: bound on temporaries.
+        """
+
+    def kept_products(
+        self,
+        panel: Tensor,
+        size: int,
+        keep: Tensor,
+        weight: Tensor,
+        scaled: Tensor,
+        coef: Tensor,
+        d_rows: Tensor | None,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+        scale: float,
+    ) -> None:
+        """The two matmuls of a panel on the vocabulary entries that each block of rows keeps.
+
+        Args:
+            panel: (V, n).
+            size: rows of a block; block b is rows ``b * size`` to ``(b + 1) * size``, the last may
+                be shorter.
+            keep: (blocks, V) bool, the entries that each block keeps.
+            weight: (V, D), cast to the panel's dtype where it has another.
+            scaled: (n, D), of the panel's dtype. coef: (n,).
+            d_rows: (n, D) acc, overwritten with ``panel^T @ weight``, or None.
+            d_weight: (V, D) acc, ``scale * panel @ scaled`` is added, or None.
+            d_bias: (V,) acc, ``scale * panel @ coef`` is added, or None.
+            scale: a factor that was divided out of `scaled` and `coef`.
+        """
+
+    def tail(
+        self, logps: Tensor, offsets: Tensor, ref_logps: Tensor | None, objective: Objective
+    ) -> tuple[Tensor, Tensor]:
+        """From the tokens' log-probs to every pair's loss and every token's coefficient.
+
+        Args:
+            logps: (N,) log-probs in nats of the kept rows, sequence after sequence.
+            offsets: (2B + 1,) int64, where each sequence starts; chosen sequences first.
+            ref_logps: (2B,) summed reference log-probs, or None.
+            objective: the loss, `normalized`.
+
+        Returns:
+            ``pairs (B, 6)``: preference loss and SFT term (which the caller sums and divides),
+            log-probs of chosen and rejected, rewards of chosen and rejected; and ``coef (N,)``,
+            d loss / d logps. A pair without any token is zero everywhere.
+        """
+
+
+def choose_backend(name: str, hidden: Tensor) -> Backend:
+    """The backend for tensors like `hidden` (any shape).
 
     ``auto`` is Triton for half and single precision on a GPU where Triton is installed, and torch
     everywhere else. An explicit name runs or raises.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rpo_kernels.losses import LOSSES
-from rpo_kernels.spec import Transform, accumulator_dtype, gathered_rows
+from rpo_kernels.rows import sum_sequences
+from rpo_kernels.spec import Objective, Transform, accumulator_dtype, gathered_rows
 
 LOG2E = math.log2(math.e)
 FLOOR = -60 * LOG2E  # lowest exponent, in base 2
@@ -78,18 +79,7 @@ def lse_and_target(
     transform: Transform,
     max_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every row's softmax in base 2, and its target's logit: one online pass over vocabulary tiles.
-
-    Args:
-        hidden: (n, D). weight: (V, D), same dtype. bias: (V,) or None.
-        targets: (n,) int64 in [0, V); -1 for none, its third result then means nothing.
-        transform: scale and softcap.
-        max_bytes: bound on temporaries.
-
-    Returns:
-        With ``y = z * log2(e)``: ``shift = max_v y``, ``sums = sum_v 2^(y - shift)``, and ``y -
-        shift`` of the target; each (n,) float32 (float64 for float64 inputs).
-    """
+    """`Backend.lse_and_target`: one online pass over vocabulary tiles, within `max_bytes`."""
     n, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
     shift, sums, target = hidden.new_zeros(3, n, dtype=dtype)
     step, block = _tile_shape(hidden.device, n, max_bytes)
@@ -127,19 +117,7 @@ def exp_panel(
     target: Tensor | None = None,
     max_bytes: int = 2**24,
 ) -> None:
-    """Fill a panel with ``2^(y - shift) * dz/dx``, where ``y = z * log2(e)``.
-
-    Args:
-        hidden: (n, D). weight: (p, D), the vocabulary entries from `v0` on. bias: (p,) or None.
-        shift: (n,) float32 (float64), anything within 86 of the row's largest ``y``.
-        targets: (n,) int64, over the whole vocabulary.
-        v0: first vocabulary entry of the panel.
-        transform: scale and softcap.
-        out: (p, n), written, in the dtype of `hidden` or float32.
-        sums: (n,), ``2^(y - shift)`` summed over the panel is added to it.
-        target: (n,), set to ``y - shift`` of the target where the target lies in the panel.
-        max_bytes: bound on temporaries.
-    """
+    """`Backend.exp_panel`, tile by tile in place, within `max_bytes`."""
     n, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
     step, block = _tile_shape(hidden.device, n, max_bytes)
     for i in range(0, n, block):
@@ -177,20 +155,7 @@ def kept_products(
     d_bias: Tensor | None,
     scale: float,
 ) -> None:
-    """The kept part of the two matmuls of a panel, on gathered rows of `weight`.
-
-    Args:
-        panel: (V, n).
-        size: rows of a block; block b is rows ``b * size`` to ``(b + 1) * size``, the last may be
-            shorter.
-        keep: (blocks, V) bool, the entries that each block keeps.
-        weight: (V, D); gathered rows are cast to the dtype of `panel`.
-        scaled: (n, D), in the dtype of `panel`. coef: (n,).
-        d_rows: (n, D) float32 or float64, overwritten with ``panel^T @ weight``, or None.
-        d_weight: (V, D) float32 or float64, ``scale * panel @ scaled`` is added, or None.
-        d_bias: (V,) float32 or float64, ``scale * panel @ coef`` is added, or None.
-        scale: a factor that was divided out of `scaled` and `coef`.
-    """
+    """`Backend.kept_products`, on gathered rows of `weight`."""
     if d_rows is not None:
         d_rows.zero_()
     lists = keep.nonzero()[:, 1].split(keep.sum(1).tolist())
@@ -221,55 +186,28 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def tail(
-    logps: Tensor,
-    offsets: Tensor,
-    ref_logps: Tensor | None,
-    loss_type: str,
-    beta: float,
-    epsilon: float,
-    gamma: float,
-    sft_weight: float,
-    sft_reduction: str,
-    num_pairs: float,
-    num_chosen_tokens: float,
+    logps: Tensor, offsets: Tensor, ref_logps: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """From log-probs of tokens to the loss of every pair and the gradient of the total loss for
-    every token.
-
-    Args:
-        logps: (N,) log-probs of the kept rows, sequence after sequence.
-        offsets: (2B + 1,) int64, where each sequence starts; chosen sequences first.
-        ref_logps: (2B,) summed reference log-probs, or None.
-        loss_type, beta, epsilon, gamma: see `rpo_kernels.losses`.
-        sft_weight: weight of the SFT term.
-        sft_reduction: "sum", "sequence_mean" or "token_mean".
-        num_pairs, num_chosen_tokens: what the preference and the SFT term are divided by.
-
-    Returns:
-        ``pairs (B, 6)``: preference loss, SFT loss (to be summed and divided by the caller), chosen
-        and rejected log-probs, chosen and rejected rewards; and ``coef (N,)``, d loss / d logps. A
-        pair without any token is zero everywhere.
-    """
-    loss, counts = LOSSES[loss_type], offsets.diff()
-    sums = torch.segment_reduce(logps.double(), "sum", offsets=offsets, initial=0.0)
-    sums = sums.to(logps.dtype).double()  # as reported: against them as reference, the margin is 0
+    """`Backend.tail`, in float64 vectors over the pairs."""
+    loss, counts, reduction = (
+        LOSSES[objective.loss_type],
+        offsets.diff(),
+        objective.sft_reduction,
+    )
+    # rounded as they are reported: against them as reference, the margin is 0
+    sums = sum_sequences(logps, offsets).double()
     tokens = counts.double().clamp(min=1)
     per_token = 1 / tokens if loss.mean else torch.ones_like(tokens)
     quantity = (sums - (0 if ref_logps is None else ref_logps.double())) * per_token
     live = counts.view(2, -1).sum(0) > 0
     quantity = torch.where(live.repeat(2), quantity, torch.zeros_like(quantity))
     (c, r), (s_c, s_r), half = quantity.view(2, -1), sums.view(2, -1), quantity.shape[0] // 2
-    value, d_c, d_r = loss.pair(c, r, beta, epsilon, gamma)
-    sft = -s_c / tokens[:half] if sft_reduction == "sequence_mean" else -s_c
-    if sft_reduction == "token_mean":
-        d_sft = torch.full_like(s_c, -1 / num_chosen_tokens)
-    else:
-        d_sft = (
-            -(1 / tokens[:half] if sft_reduction == "sequence_mean" else torch.ones_like(s_c))
-            / num_pairs
-        )
-    slopes = torch.cat([d_c, d_r]) * per_token / num_pairs
-    slopes[:half] += sft_weight * d_sft
+    beta = objective.beta
+    value, d_c, d_r = loss.pair(c, r, beta, objective.epsilon, objective.gamma)
+    per_sum = 1 / tokens[:half] if reduction == "sequence_mean" else torch.ones_like(s_c)
+    sft = -s_c / tokens[:half] if reduction == "sequence_mean" else -s_c
+    slopes = torch.cat([d_c, d_r]) * per_token / objective.num_pairs
+    slopes[:half] += objective.sft_weight * (-per_sum / objective.sft_normalizer)
     pairs = torch.stack([value * live, sft, s_c, s_r, beta * c, beta * r], dim=1)
     coef = torch.repeat_interleave(slopes, counts, output_size=logps.shape[0])
     return pairs.to(logps.dtype), coef.to(logps.dtype)

@@ -16,8 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rpo_kernels.backends import tiles
 from rpo_kernels.backends import triton_kernels as kernels
+from rpo_kernels.backends.launch import dense, on_device
 from rpo_kernels.backends.triton_sparse import kept_products
-from rpo_kernels.backends.triton_tail import dense, on_device, tail
+from rpo_kernels.backends.triton_tail import tail
 from rpo_kernels.spec import Transform
 
 __all__ = ["exp_panel", "kept_products", "lse_and_target", "supports", "tail"]
@@ -105,18 +106,8 @@ def lse_and_target(
     transform: Transform,
     max_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every row's softmax in base 2, and its target's logit: no logit reaches memory.
-
-    Args:
-        hidden: (n, D), last dimension contiguous.
-        weight: (V, D), same dtype, last dimension contiguous. bias: (V,) or None.
-        targets: (n,) int64 in [0, V); -1 for none, its third result then means nothing.
-        transform: scale and softcap.
-        max_bytes: bound on the partials, 8 bytes a row and split.
-
-    Returns:
-        With ``y = z * log2(e)``: ``shift = max_v y``, ``sums = sum_v 2^(y - shift)``, and ``y -
-        shift`` of the target; each (n,) float32.
+    """`Backend.lse_and_target` in two kernels: no logit reaches memory, only partial sums, 8 bytes
+    a row and split of the vocabulary.
     """
     n, vocab, tile = hidden.shape[0], weight.shape[0], _config(hidden).tile
     # every row begins at a multiple of 16 bytes: Triton compiles for one alignment only
@@ -173,28 +164,18 @@ def exp_panel(
     target: Tensor | None = None,
     max_bytes: int = 2**24,
 ) -> None:
-    """Fill a panel with ``2^(y - shift) * dz/dx``, where ``y = z * log2(e)``.
+    """`Backend.exp_panel`, with ``out.stride(1) == 1``.
 
-    Args:
-        hidden: (n, D), last dimension contiguous.
-        weight: (p, D), the vocabulary entries from `v0` on. bias: (p,) or None.
-        shift: (n,) float32, anything within 86 of the row's largest ``y``.
-        targets: (n,) int64, over the whole vocabulary.
-        v0: first vocabulary entry of the panel.
-        transform: scale and softcap.
-        out: (p, n), ``stride(1) == 1``, written, in the dtype of `hidden` or float32.
-        sums: (n,) float32, ``2^(y - shift)`` summed over the panel is added to it.
-        target: (n,) float32, set to ``y - shift`` of the target where it lies in the panel.
-        max_bytes: not used: the only temporaries are partial sums, 1/64 of a bf16 panel.
+    `max_bytes` is not used: the only temporaries are partial sums, 1/64 of a bf16 panel.
     """
     if out.numel() == 0:
         return
     config = _config(hidden)
     matmul_first = config.exp_path == "panel" and out.dtype == hidden.dtype
-    fill = exp_panel_matmul if matmul_first else exp_panel_fused
+    launch = exp_panel_matmul if matmul_first else exp_panel_fused
     with on_device(hidden):
         panel = (bias, shift, targets, v0, transform, out, sums, target)
-        fill(hidden, weight, *panel, config.tile)
+        launch(hidden, weight, *panel, config.tile)
 
 
 def _panel_arguments(

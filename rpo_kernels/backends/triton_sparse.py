@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rpo_kernels.backends import tiles
+from rpo_kernels.backends.launch import on_device
 from rpo_kernels.backends.triton_kernels import INTERPRETED, _quarters
-from rpo_kernels.backends.triton_tail import on_device
 
 MOST_SPLITS = 4  # of a block's list, where there are fewer tiles than multiprocessors
 
@@ -44,7 +44,7 @@ def kept_rows(
     counts,  # (g,) int32: how many that are
     out,  # (splits, n, D) float32, stride (n * stride_on, stride_on, 1)
     n,
-    reach,  # columns of panel that may be read: at least n, a multiple of 16 if possible
+    readable,  # columns of panel that may be read: at least n, a multiple of 16 if possible
     V,
     splits,
     stride_pv,
@@ -83,7 +83,7 @@ def kept_rows(
     for k in range(start, stop, BLOCK_V):
         tile_p = tl.load(
             panel + v[None, :] * stride_pv + rows[:, None],
-            mask=(offs_v < stop - k)[None, :] & (rows < reach)[:, None],
+            mask=(offs_v < stop - k)[None, :] & (rows < readable)[:, None],
             other=0.0,
         )
         w_ptrs = weight + v[:, None] * stride_wv + offs_d[None, :]
@@ -231,10 +231,10 @@ def launch_rows(
     """``out (n, D) = panel^T @ weight`` over the entries that each block keeps."""
     (n, width), vocab = out.shape, panel.shape[0]
     entries, counts = kept_first(keep)
-    reach = -(-n // 16) * 16
-    end = panel.storage_offset() + (vocab - 1) * panel.stride(0) + reach
+    readable = -(-n // 16) * 16
+    end = panel.storage_offset() + (vocab - 1) * panel.stride(0) + readable
     if panel.stride(0) % 16 or end * panel.itemsize > panel.untyped_storage().nbytes():
-        reach = n
+        readable = n
     programs = -(-n // tile.block_n) * -(-width // tile.block_d)
     slots = tiles.of_device(panel.device)[1] * tile.per_sm
     splits = min(MOST_SPLITS, max(1, slots // programs))
@@ -247,7 +247,7 @@ def launch_rows(
         counts=counts,
         out=parts,
         n=n,
-        reach=reach,
+        readable=readable,
         V=vocab,
         splits=splits,
         stride_pv=panel.stride(0),
@@ -321,19 +321,8 @@ def kept_products(
     d_bias: Tensor | None,
     scale: float,
 ) -> None:
-    """The kept part of the two matmuls of a panel; `d_weight` and `d_bias` may get more than that.
-
-    Args:
-        panel: (V, n), last dimension contiguous like those of all other matrices.
-        size: rows of a block, a multiple of 32; block b is rows ``b * size`` to ``(b + 1) * size``,
-            the last may be shorter.
-        keep: (blocks, V) bool, the entries that each block keeps.
-        weight: (V, D); gathered rows are cast to the dtype of `panel`.
-        scaled: (n, D), in the dtype of `panel`. coef: (n,).
-        d_rows: (n, D) float32, overwritten with ``panel^T @ weight``, or None.
-        d_weight: (V, D) float32, ``scale * panel @ scaled`` is added, or None.
-        d_bias: (V,) float32, ``scale * panel @ coef`` is added, or None.
-        scale: a factor that was divided out of `scaled` and `coef`.
+    """`Backend.kept_products`, for `size` a multiple of 32; `d_weight` and `d_bias` may get more
+    than what is kept.
     """
     if panel.numel() == 0:
         return

@@ -8,7 +8,6 @@ Key: N rows, B pairs.
 
 from __future__ import annotations
 
-import contextlib
 import types
 
 import torch
@@ -17,17 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rpo_kernels.backends import tiles
+from rpo_kernels.backends.launch import dense, on_device
 from rpo_kernels.losses import LOSSES
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def dense(vector: Tensor | None) -> Tensor | None:
-    """The kernels read vectors with stride 1, whatever the caller cut them from."""
-    return None if vector is None else vector.contiguous()
+from rpo_kernels.spec import Objective
 
 
 @triton.jit
@@ -104,7 +95,7 @@ def rpo_tail(
     epsilon,
     gamma,
     inv_pairs,  # 1 / num_pairs
-    sft_unit,  # sft_weight / num_pairs, or / num_chosen_tokens
+    sft_factor,  # sft_weight / num_pairs, or / num_chosen_tokens
     LOSS: tl.constexpr,
     MEAN: tl.constexpr,
     SFT_MEAN: tl.constexpr,
@@ -138,7 +129,7 @@ def rpo_tail(
     if MEAN:
         d_c *= per_c
         d_r *= per_r
-    sft, d_sft = -s_c, tl.cast(sft_unit, tl.float64)
+    sft, d_sft = -s_c, tl.cast(sft_factor, tl.float64)
     if SFT_MEAN:
         sft *= per_c
         d_sft *= per_c
@@ -154,34 +145,9 @@ def rpo_tail(
 
 
 def tail(
-    logps: Tensor,
-    offsets: Tensor,
-    ref_logps: Tensor | None,
-    loss_type: str,
-    beta: float,
-    epsilon: float,
-    gamma: float,
-    sft_weight: float,
-    sft_reduction: str,
-    num_pairs: float,
-    num_chosen_tokens: float,
+    logps: Tensor, offsets: Tensor, ref_logps: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """From tokens' log-probs to every pair's loss and every token's coefficient: one kernel.
-
-    Args:
-        logps: (N,) log-probs of the kept rows, sequence after sequence.
-        offsets: (2B + 1,) int64, where each sequence starts; chosen sequences first.
-        ref_logps: (2B,) summed reference log-probs, or None.
-        loss_type, beta, epsilon, gamma: see `rpo_kernels.losses`.
-        sft_weight: weight of the SFT term.
-        sft_reduction: "sum", "sequence_mean" or "token_mean".
-        num_pairs, num_chosen_tokens: what the preference and the SFT term are divided by.
-
-    Returns:
-        ``pairs (B, 6)``: preference loss, SFT loss (to be summed and divided by the caller), chosen
-        and rejected log-probs, chosen and rejected rewards; and ``coef (N,)``, d loss / d logps. A
-        pair without any token is zero everywhere.
-    """
+    """`Backend.tail` in one kernel."""
     num = offsets.shape[0] // 2
     pairs = logps.new_empty(num, 6)
     coef = torch.empty_like(logps)
@@ -194,15 +160,14 @@ def tail(
             ref_logps=dense(ref_logps),
             pairs=pairs,
             coef=coef,
-            beta=float(beta),
-            epsilon=float(epsilon),
-            gamma=float(gamma),
-            inv_pairs=1.0 / num_pairs,
-            sft_unit=sft_weight
-            / (num_chosen_tokens if sft_reduction == "token_mean" else num_pairs),
-            LOSS=LOSS_FUNCTIONS[loss_type],
-            MEAN=LOSSES[loss_type].mean,
-            SFT_MEAN=sft_reduction == "sequence_mean",
+            beta=float(objective.beta),
+            epsilon=float(objective.epsilon),
+            gamma=float(objective.gamma),
+            inv_pairs=1.0 / objective.num_pairs,
+            sft_factor=objective.sft_weight / objective.sft_normalizer,
+            LOSS=LOSS_FUNCTIONS[objective.loss_type],
+            MEAN=LOSSES[objective.loss_type].mean,
+            SFT_MEAN=objective.sft_reduction == "sequence_mean",
             BLOCK=tiles.TAIL_TOKENS,
             num_warps=4,
             enable_fp_fusion=True,

@@ -36,7 +36,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, scale: floa
             part.add_(product, alpha=scale) if accumulate else torch.mul(product, scale, out=part)
 
 
-def reach_of(h: Tensor, head: Head) -> Tensor | None:
+def row_sizes(h: Tensor, head: Head) -> Tensor | None:
     """For fp16, else None: the largest ``|dz/dx h|`` of every row of `h` (n, D), at least that of
     the bias, (n,).
     """
@@ -48,18 +48,28 @@ def reach_of(h: Tensor, head: Head) -> Tensor | None:
     return largest * head.transform.scale
 
 
-def unit_of(coef: Tensor, reach: Tensor | None) -> Tensor:
+def scale_of(coef: Tensor, sizes: Tensor | None) -> Tensor:
     """A power of two () to divide `coef` (n,) by before a matmul that sums over rows: at least the
     largest ``|coef|``, 1 if there is none.
 
-    fp16 sums must not overflow either: with `reach` (n,) it is also at least ``sum |coef| reach``
-    over 2^15.
+    fp16 sums must not overflow either: with `sizes` (n,), those of the rows, it is also at least
+    ``sum |coef| size`` over 2^15, half of the largest float16.
     """
-    size = coef.abs()
-    unit = size.amax() if coef.shape[0] else coef.new_zeros(())
-    if reach is not None:
-        unit = torch.maximum(unit, (size * reach).sum() / 2**15)
-    return torch.where(unit > 0, torch.exp2(unit.log2().ceil().clamp(min=-100)), 1)
+    magnitude = coef.abs()
+    scale = magnitude.amax() if coef.shape[0] else coef.new_zeros(())
+    if sizes is not None:
+        scale = torch.maximum(scale, (magnitude * sizes).sum() / 2**15)
+    return torch.where(scale > 0, torch.exp2(scale.log2().ceil().clamp(min=-100)), 1)
+
+
+def row_factors(coef: Tensor, scale: Tensor | float, sums: Tensor) -> Tensor:
+    """``-coef / (scale * S)`` (n,): what rows of H are multiplied by on the way to dW.
+
+    A `coef` 1e20 times smaller than the largest counts as 0: it would add nothing but denormal
+    products, which slow CPUs tenfold.
+    """
+    scaled = -coef / scale
+    return torch.where(scaled.abs() < 1e-20, 0, scaled / sums)
 
 
 def put_targets_(panel: Tensor, targets: Tensor, v0: int, values: Tensor) -> None:

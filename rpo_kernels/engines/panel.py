@@ -16,20 +16,20 @@ round to eps * |z|, and so would every probability.
 
 ``c`` is the log-sum-exp over the first `PROBE` vocabulary entries and the target, which keeps S
 moderate: a large one would turn far tails into denormal products with 1 / S. A row whose largest
-logit lies more than about 60 above ``c`` could overflow: `sums` then exceed `MAX_SUM`, and the
-caller fills again with ``exact=True``, whose ``c`` is the log-sum-exp over all entries (1U more).
-fp16 starts there, because its exponents are too short for anything but probabilities.
+logit lies more than about 60 above ``c`` could overflow: `overflowed` then says so, and the caller
+fills again with ``exact=True``, whose ``c`` is the log-sum-exp over all entries (1U more). fp16
+starts there (`starts_exact`), because its exponents are too short for anything but probabilities.
 """
 
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rpo_kernels.backends import Backend
 from rpo_kernels.engines.matmul import put_targets_, rounds_products
 from rpo_kernels.rows import Rows
 from rpo_kernels.spec import Head, Transform, accumulator_dtype
@@ -56,9 +56,16 @@ class Panel(NamedTuple):
     """(n,), S."""
 
 
+def row_bytes(vocab: int, width: int, itemsize: int) -> int:
+    """Bytes that a row of a panel takes, its operands included: its V entries, its hidden states
+    and the scaled ones, their gradient in float32 and what its matmuls hold, a few numbers.
+    """
+    return vocab * itemsize + width * (2 * itemsize + 16) + 64
+
+
 def capacity(vocab: int, width: int, itemsize: int, max_bytes: int) -> int:
     """Rows of a panel that fits `max_bytes` together with its operands; may be 0."""
-    rows = (max_bytes - slack(max_bytes)) // (vocab * itemsize + width * (2 * itemsize + 16) + 64)
+    rows = (max_bytes - slack(max_bytes)) // row_bytes(vocab, width, itemsize)
     return rows // ALIGN * ALIGN if rows > ALIGN else rows
 
 
@@ -89,11 +96,23 @@ def normalized(shift: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, sums * torch.exp2(shift - rounded)
 
 
-def fill(
+def starts_exact(dtype: torch.dtype) -> bool:
+    """Whether matmuls of `dtype` need the exact log-sum-exp as shift from the start."""
+    return dtype == torch.float16
+
+
+def overflowed(sums: Tensor) -> bool:
+    """Whether a panel with these `sums` (any shape) must be filled again, exactly; waits for the
+    device. So does a NaN, which an overflow may have made.
+    """
+    return not bool((sums <= MAX_SUM).all())
+
+
+def fill_panel(
     hidden: Tensor,
     rows: Rows,
     head: Head,
-    backend: ModuleType,
+    backend: Backend,
     max_bytes: int,
     exact: bool,
     buffer: Tensor,
@@ -106,18 +125,18 @@ def fill(
     none = torch.full_like(rows.targets, -1)
     guess = empty_sum(h[:, 0].to(accumulator_dtype(head.dtype)))
     for _, weight, bias in head.panels() if exact else [next(head.panels(PROBE))]:
-        *part, _ = backend.lse_and_target(h, weight, bias, none, head.transform, max_bytes // 8)
-        guess = merge(guess, part)
+        low, part, _ = backend.lse_and_target(h, weight, bias, none, head.transform, max_bytes // 8)
+        guess = merge(guess, (low, part))
     if not exact:
         logits = target_logits(h, rows.targets, head, slack(max_bytes)) / LN2
         guess = merge(guess, (logits, torch.ones_like(logits)))
     shift, _ = normalized(*guess)
     sums, target = torch.zeros_like(shift), torch.zeros_like(shift)
     for v0, weight, bias in head.panels():
-        part = values[v0 : v0 + weight.shape[0]]
         backend.exp_panel(
-            h, weight, bias, shift, rows.targets, v0, head.transform, part, sums, target,
-            max_bytes=slack(max_bytes),
+            h, weight, bias, shift, rows.targets, v0, head.transform,
+            out=values[v0 : v0 + weight.shape[0]],
+            sums=sums, target=target, max_bytes=slack(max_bytes),
         )  # fmt: skip
     sums, target = with_exact_targets(h, rows.targets, head, shift, sums, target, slack(max_bytes))
     logps = (target - sums.log2()) * LN2

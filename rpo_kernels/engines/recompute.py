@@ -25,33 +25,32 @@ where hidden is half.
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from rpo_kernels.backends import Backend
 from rpo_kernels.engines import skipping
-from rpo_kernels.engines.matmul import matmul_into, put_targets_, reach_of, unit_of
+from rpo_kernels.engines.matmul import matmul_into
 from rpo_kernels.engines.panel import (
     LN2,
-    MAX_SUM,
     capacity,
     empty_sum,
-    fill,
+    fill_panel,
     merge,
     normalized,
+    overflowed,
     slack,
+    starts_exact,
     stride,
-    target_entry,
     with_exact_targets,
 )
+from rpo_kernels.engines.terms import Saved, terms_of
 from rpo_kernels.rows import Rows
 from rpo_kernels.spec import Head, accumulator_dtype, gathered_rows
 
 
 def forward(
-    hidden: Tensor, rows: Rows, head: Head, backend: ModuleType, max_bytes: int
+    hidden: Tensor, rows: Rows, head: Head, backend: Backend, max_bytes: int
 ) -> tuple[Tensor, Tensor]:
     """Return ``logps (N,)`` and ``norm (N, 2)``, the columns c and S, of the kept rows of `hidden`
     (M, D).
@@ -59,6 +58,7 @@ def forward(
     total, width = rows.targets.shape[0], hidden.shape[1]
     logps = hidden.new_empty(total, dtype=accumulator_dtype(head.dtype))
     norm = logps.new_empty(total, 2)
+    # a quarter of the workspace for the rows' copy, half for the backend's tiles, casts in the rest
     size = max(1, max_bytes // (4 * width * head.dtype.itemsize))
     for start, stop in rows.chunks(size):
         h, targets = rows.take(hidden, start, stop).to(head.dtype), rows.targets[start:stop]
@@ -66,11 +66,12 @@ def forward(
         for v0, weight, bias in head.panels():
             local = targets - v0
             inside = (local >= 0) & (local < weight.shape[0])
-            *part, y = backend.lse_and_target(
+            shift, sums, y = backend.lse_and_target(
                 h, weight, bias, torch.where(inside, local, -1), head.transform, max_bytes // 2
             )
-            before, found = found, merge(found, part)
-            target = torch.where(inside, y + (part[0] - found[0]), target + (before[0] - found[0]))
+            # every panel has a shift of its own: bring both to the larger one
+            before, found = found, merge(found, (shift, sums))
+            target = torch.where(inside, y + (shift - found[0]), target + (before[0] - found[0]))
         sums, target = with_exact_targets(h, targets, head, *found, target, max_bytes // 2)
         logps[start:stop] = (target - sums.log2()) * LN2
         norm[start:stop] = torch.stack(normalized(found[0], sums), 1)
@@ -81,7 +82,7 @@ def forward_skipping(
     hidden: Tensor,
     rows: Rows,
     head: Head,
-    backend: ModuleType,
+    backend: Backend,
     max_bytes: int,
     tolerance: float,
     edges: list[int],
@@ -104,7 +105,9 @@ def forward_skipping(
     keep = torch.empty(len(blocks), vocab, dtype=torch.bool, device=hidden.device)
     mass = logps.new_empty(2, len(blocks))
     size = min(room, total)
-    most = max(1, size // (skipping.BLOCK // 2))  # `select` takes 20 bytes an entry and block
+    most = max(
+        1, size // (skipping.BLOCK // 2)
+    )  # `choose_entries` takes 20 bytes an entry and block
     buffer = hidden.new_empty(vocab * stride(size, hidden.device), dtype=head.dtype)
     first = 0
     while first < len(blocks):
@@ -114,13 +117,13 @@ def forward_skipping(
             last += 1
         stop = blocks[last - 1][1]
         part = rows.subset(torch.arange(start, stop, device=hidden.device))
-        exact = head.dtype == torch.float16
-        panel = fill(hidden, part, head, backend, max_bytes, exact, buffer)
-        if not exact and not bool((panel.sums <= MAX_SUM).all()):
-            panel = fill(hidden, part, head, backend, max_bytes, True, buffer)
+        exact = starts_exact(head.dtype)
+        panel = fill_panel(hidden, part, head, backend, max_bytes, exact, buffer)
+        if not exact and overflowed(panel.sums):
+            panel = fill_panel(hidden, part, head, backend, max_bytes, True, buffer)
         local = [(a - start, b - start) for a, b in blocks[first:last]]
         ones = torch.ones_like(panel.sums)
-        keep[first:last], *found = skipping.select(
+        keep[first:last], *found = skipping.choose_entries(
             panel.values, panel.sums, part.targets, ones, tolerance, local, together=False
         )
         mass[:, first:last] = torch.stack(found)
@@ -164,60 +167,28 @@ def _shape(
     return n, min(vocab, p)
 
 
-class Terms(NamedTuple):
-    """What the kept rows bring to backward, each (N,) but `top` ()."""
-
-    shift: Tensor
-    entry: Tensor
-    """E of the targets."""
-    factor: Tensor
-    """``-g / S``, for the rows of dH."""
-    coef: Tensor
-    """``-g / S`` over `top`, for the rows of H in matmuls: no denormals."""
-    top: Tensor
-
-
-def _terms(
-    grad: Tensor, logps: Tensor, norm: Tensor, hidden: Tensor, rows: Rows, head: Head
-) -> Terms:
-    total = rows.targets.shape[0]
-    grad, logps, norm = (rows.take(x, 0, total) for x in (grad, logps, norm))
-    shift, sums = norm.unbind(1)
-    reach = reach_of(hidden, head)
-    top = unit_of(grad, None if reach is None else rows.take(reach, 0, total))
-    unit = -grad / top
-    return Terms(
-        shift,
-        target_entry(logps, shift, sums, head.transform),
-        -grad / sums,
-        torch.where(unit.abs() < 1e-20, 0, unit / sums),
-        top,
-    )
-
-
 def backward(
-    grad: Tensor,
-    logps: Tensor,
-    norm: Tensor,
+    saved: Saved,
     hidden: Tensor,
     rows: Rows,
     head: Head,
-    backend: ModuleType,
+    backend: Backend,
+    needs: list[bool],
     max_bytes: int,
-    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``sum(grad * logps)`` for hidden, weight and bias, where `needs` asks for them.
 
     Args:
-        grad: (M,) upstream gradient. logps (M,), norm (M, 2): what `forward` found.
+        saved: upstream gradient, and what `forward` found.
         hidden: (M, D); rows: the kept ones, those whose gradient is not 0.
-        head: output layer. backend: tile arithmetic. max_bytes: workspace.
+        head: output layer. backend: tile arithmetic.
         needs: for hidden, weight, bias.
+        max_bytes: workspace.
     """
     need_h, need_w, need_b = needs
     (total, width), vocab = (rows.targets.shape[0], hidden.shape[1]), head.weight.shape[0]
     acc_dtype = accumulator_dtype(head.dtype)
-    shift, entry, factor, coef, top = _terms(grad, logps, norm, hidden, rows, head)
+    terms = terms_of(saved, hidden, rows, head)
     n, p = _shape(total, vocab, width, head.dtype.itemsize, max_bytes, hidden.device.type == "cpu")
     d_rows = rows.accumulator(hidden, acc_dtype) if need_h else None
     blank = torch.empty_like if total else torch.zeros_like
@@ -227,91 +198,82 @@ def backward(
     chunks = list(rows.chunks(n))
     direct = len(chunks) == 1 and (head.weight.dtype == head.dtype)  # one matmul makes dW[panel]
     dw_buffer = hidden.new_empty(p if need_w and not direct else 0, width, dtype=acc_dtype)
-    h = scaled = hidden
     for v0, weight, bias in head.panels(p) if total else ():
-        db = hidden.new_zeros(weight.shape[0], 1, dtype=acc_dtype)
+        size = weight.shape[0]
+        db = hidden.new_zeros(size, 1, dtype=acc_dtype)
         for start, stop in chunks:
-            if v0 == 0 or len(chunks) > 1:
-                h = rows.take(hidden, start, stop).to(head.dtype)
-                scaled = (h * coef[start:stop, None]).to(head.dtype)
-            targets = rows.targets[start:stop]
-            panel = panel_buffer[: weight.shape[0] * (stop - start)].view(
-                weight.shape[0], stop - start
+            if v0 == 0 or len(chunks) > 1:  # a single chunk serves all panels
+                h = rows.take(hidden, start, stop)
+                chunk = terms.chunk(h, slice(start, stop), head.dtype)
+            out = panel_buffer[: size * (stop - start)].view(size, stop - start)
+            panel = chunk.panel(
+                out, v0, weight, bias, head.transform, backend, max_bytes=slack(max_bytes)
             )
-            backend.exp_panel(
-                h, weight, bias, shift[start:stop], targets, v0, head.transform, panel,
-                max_bytes=slack(max_bytes),
-            )  # fmt: skip
-            put_targets_(panel, targets, v0, entry[start:stop])
             if d_rows is not None:
                 matmul_into(d_rows[start:stop], panel.t(), weight, accumulate=v0 > 0)
             if d_weight is not None:
-                dw = d_weight[v0 : v0 + p] if direct else dw_buffer[: weight.shape[0]]
-                matmul_into(dw, panel, scaled, accumulate=start > 0)
+                dw = d_weight[v0 : v0 + p] if direct else dw_buffer[:size]
+                matmul_into(dw, panel, chunk.scaled, accumulate=start > 0)
             if d_bias is not None:
-                matmul_into(db, panel, coef[start:stop, None].to(head.dtype), accumulate=start > 0)
+                matmul_into(db, panel, chunk.coef[:, None], accumulate=start > 0)
         if d_weight is not None:
-            torch.mul(dw, top, out=d_weight[v0 : v0 + p])
+            torch.mul(dw, terms.scale, out=d_weight[v0 : v0 + p])
         if d_bias is not None:
-            torch.mul(db[:, 0], top, out=d_bias[v0 : v0 + p])
+            torch.mul(db[:, 0], terms.scale, out=d_bias[v0 : v0 + p])
     if d_rows is None:
         return None, d_weight, d_bias
-    d_rows[:total].mul_(factor[:, None])
+    d_rows[:total].mul_(terms.factor[:, None])
     return rows.put(hidden, d_rows), d_weight, d_bias
 
 
 def backward_skipping(
-    grad: Tensor,
-    logps: Tensor,
-    norm: Tensor,
+    saved: Saved,
     hidden: Tensor,
     rows: Rows,
     head: Head,
-    backend: ModuleType,
-    needs: tuple[bool, bool, bool],
+    backend: Backend,
+    needs: list[bool],
     edges: list[int],
     keep: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `backward`, on the vocabulary entries that `keep` (blocks, V) keeps, a share s: 3 s U.
 
     `rows` are all kept rows; `edges` as in `forward_skipping`. Rows whose gradient is 0 are dropped
-    block by block.
+    block by block. Here blocks are walked first and the vocabulary within them, the other way round
+    than in `backward`: each block gathers entries of its own.
     """
     need_h, need_w, need_b = needs
     acc = accumulator_dtype(head.dtype)
     size = gathered_rows(hidden.shape[1], head.dtype.itemsize)
-    shift, entry, factor, coef, top = _terms(grad, logps, norm, hidden, rows, head)
+    terms = terms_of(saved, hidden, rows, head)
     d_rows = rows.accumulator(hidden, acc) if need_h else None
     d_weight = torch.zeros_like(head.weight, dtype=acc) if need_w else None
     d_bias = torch.zeros_like(head.weight[:, 0], dtype=acc) if need_b else None
-    blocks = skipping.split_rows(edges)
-    for block, (start, stop) in enumerate(blocks):
-        used = start + factor[start:stop].nonzero()[:, 0]
+    for block, (start, stop) in enumerate(skipping.split_rows(edges)):
+        used = start + terms.factor[start:stop].nonzero()[:, 0]
         if used.shape[0] == 0:
             continue
         index = keep[block].nonzero()[:, 0]
-        part = rows.subset(used)
-        h = part.take(hidden, 0, used.shape[0]).to(head.dtype)
-        scaled = (h * coef[used, None]).to(head.dtype)
-        where = torch.searchsorted(index, part.targets)
-        d_part = h.new_zeros(h.shape, dtype=acc)
+        h = rows.subset(used).take(hidden, 0, used.shape[0])
+        chunk = terms.chunk(h, used, head.dtype)
+        chunk = chunk._replace(targets=torch.searchsorted(index, chunk.targets))  # among the kept
+        d_part = hidden.new_zeros(h.shape, dtype=acc)
         for v0 in range(0, index.shape[0], size):
             chosen = index[v0 : v0 + size]
             weight = head.weight.index_select(0, chosen).to(head.dtype)
             bias = None if head.bias is None else head.bias[chosen]
-            panel = h.new_empty(chosen.shape[0], h.shape[0])
-            backend.exp_panel(h, weight, bias, shift[used], where, v0, head.transform, panel)
-            put_targets_(panel, where, v0, entry[used])
+            out = weight.new_empty(chosen.shape[0], h.shape[0])
+            panel = chunk.panel(out, v0, weight, bias, head.transform, backend)
             if d_rows is not None:
                 matmul_into(d_part, panel.t(), weight, accumulate=True)
             if d_weight is not None:
-                d_weight.index_add_(0, chosen, torch.mm(panel, scaled).to(acc))
+                d_weight.index_add_(0, chosen, torch.mm(panel, chunk.scaled).to(acc))
             if d_bias is not None:
-                d_bias.index_add_(0, chosen, torch.mv(panel, coef[used].to(panel.dtype)).to(acc))
+                d_bias.index_add_(0, chosen, torch.mv(panel, chunk.coef).to(acc))
         if d_rows is not None:
-            d_rows[used] = d_part.mul_(factor[used, None])
+            d_rows[used] = d_part.mul_(terms.factor[used, None])
     return (
         None if d_rows is None else rows.put(hidden, d_rows),
-        None if d_weight is None else d_weight.mul_(top).to(head.weight.dtype),
-        None if d_bias is None else d_bias.mul_(top).to(head.weight.dtype),
+        None if d_weight is None else d_weight.mul_(terms.scale).to(head.weight.dtype),
+        None if d_bias is None else d_bias.mul_(terms.scale).to(head.weight.dtype),
     )

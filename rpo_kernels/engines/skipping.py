@@ -31,7 +31,14 @@ def split_rows(edges: list[int]) -> list[tuple[int, int]]:
     ]
 
 
-def select(
+def mask_shape(rows: int, sequences: int, vocab: int, tolerance: float) -> tuple[int, int]:
+    """Shape (blocks, V) of the mask of kept entries that `recompute` leaves for backward: known
+    before the rows are counted, so with room for the blocks of any rows kept.
+    """
+    return (rows // BLOCK + sequences + 1, vocab) if tolerance else (0, vocab)
+
+
+def choose_entries(
     panel: Tensor,
     sums: Tensor,
     targets: Tensor,
@@ -56,15 +63,15 @@ def select(
     scale = weights / sums
     columns = torch.arange(panel.shape[1], device=panel.device)
     on_target = panel[targets, columns].to(scale.dtype) * scale  # negative
-    unit = weights.amax().clamp(min=1e-37)
+    largest = weights.amax().clamp(min=1e-37)
     mass = scale.new_empty(len(blocks), panel.shape[0])
     total = scale.new_empty(len(blocks))
     for row, (start, stop) in enumerate(blocks):
-        unscaled = (scale[start:stop] / unit).to(panel.dtype)
+        unscaled = (scale[start:stop] / largest).to(panel.dtype)
         mass[row] = torch.mv(panel[:, start:stop], unscaled)
-        total[row] = mass[row].sum() * unit - 2 * on_target[start:stop].sum()
+        total[row] = mass[row].sum() * largest - 2 * on_target[start:stop].sum()
         mass[row, targets[start:stop]] = torch.inf  # always kept
-    mass.mul_(unit)
+    mass.mul_(largest)
     if panel.dtype.itemsize < 4:
         mass.mul_(1 + 2**-6)  # rounding of half-precision sums must not break the certificate
     finite = torch.where(mass == torch.inf, 0, mass)
@@ -81,7 +88,7 @@ def _threshold(mass: Tensor, budget: Tensor) -> Tensor:
     (r,): bisection.
     """
     high = mass.amax(1, keepdim=True).clamp(min=1e-37).log2() + 1
-    low = high - 64
+    low = high - 64  # entries 2^63 times lighter than the heaviest are dropped in any case
     for _ in range(STEPS):
         middle = (low + high) / 2
         fits = torch.where(mass <= middle.exp2(), mass, 0).sum(1, keepdim=True) <= budget[:, None]

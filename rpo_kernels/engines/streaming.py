@@ -1,7 +1,7 @@
 """Loss and gradient in one sweep: 3U exact, 2U with a frozen head (gradient in forward).
 
 The loss depends on *sequence* log-probs, so ``g = d loss / d logp`` is one number per sequence. A
-chunk of rows therefore needs its logits once: `panel.fill` turns them, vocabulary-major, into
+chunk of rows therefore needs its logits once: `panel.fill_panel` turns them, vocabulary-major, into
 ``E = S * (P - onehot) * dz/dx``, and
 
     dH_i = -(g_i / S_i) * (E^T @ W)_i         1U
@@ -21,19 +21,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rpo_kernels.backends import Backend
 from rpo_kernels.engines import skipping
-from rpo_kernels.engines.matmul import matmul_into, reach_of, unit_of
-from rpo_kernels.engines.panel import MAX_SUM, Panel, capacity, fill, stride
+from rpo_kernels.engines.matmul import matmul_into, row_factors, row_sizes, scale_of
+from rpo_kernels.engines.panel import (
+    Panel,
+    capacity,
+    fill_panel,
+    overflowed,
+    starts_exact,
+    stride,
+)
 from rpo_kernels.rows import Rows
-from rpo_kernels.spec import Head, accumulator_dtype
+from rpo_kernels.spec import Head, Settings, accumulator_dtype
 
-Settle = Callable[[int, int, Tensor], tuple[Tensor, Tensor]]
+# ``(first, last, logps (n,)) -> (pairs (last - first, k), coef (n,))``: the losses of pairs `first`
+# to `last` from the log-probs of their rows (chosen rows, then rejected), and d loss / d logp of
+# each of these rows
+PairLoss = Callable[[int, int, Tensor], tuple[Tensor, Tensor]]
 
 
 class Group(NamedTuple):
@@ -111,7 +121,7 @@ class Sums(NamedTuple):
 
 class Sweep:
     """The state of one call: inputs, the panel buffer, the gradients as they grow, and the
-    certificate.
+    certificate. Each of `whole_pairs` and `long_pair` takes one `Group`.
     """
 
     def __init__(
@@ -119,21 +129,20 @@ class Sweep:
         hidden: Tensor,
         rows: Rows,
         head: Head,
-        backend: ModuleType,
-        max_bytes: int,
-        needs: tuple[bool, bool, bool],
+        backend: Backend,
         chunks: list[list[tuple[int, int]]],
-        tolerance: float,
+        settings: Settings,
         exact: bool,
     ):
         self.hidden, self.rows, self.head, self.backend = hidden, rows, head, backend
-        self.max_bytes, self.needs, self.tolerance, self.exact = max_bytes, needs, tolerance, exact
+        self.max_bytes, self.exact = settings.max_bytes, exact
+        self.needs, self.tolerance = settings.needs, settings.tolerance
         longest = max((sum(stop - start for start, stop in chunk) for chunk in chunks), default=0)
         self.acc = accumulator_dtype(head.dtype)
         size = head.weight.shape[0] * stride(longest, hidden.device)
         self.buffer = hidden.new_empty(size, dtype=head.dtype)
-        self.d_hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.totals = self.new_sums(single=len(chunks) == 1 and not tolerance)
+        self.d_hidden = torch.zeros_like(hidden) if self.needs[0] else None
+        self.totals = self.new_sums(single=len(chunks) == 1 and not self.tolerance)
         self.worst = hidden.new_zeros((), dtype=self.acc)
         self.mass = hidden.new_zeros(2, dtype=self.acc)  # dropped, total
 
@@ -153,51 +162,32 @@ class Sweep:
         if sum(stop - start for start, stop in chunk) < rows.targets.shape[0]:
             ranges = [torch.arange(start, stop, device=device) for start, stop in chunk]
             rows = rows.subset(torch.cat(ranges))
-        panel = fill(
+        panel = fill_panel(
             self.hidden, rows, self.head, self.backend, self.max_bytes, self.exact, self.buffer
         )
         if rows.targets.shape[0]:
             self.worst = torch.maximum(self.worst, panel.sums.amax())
         return panel
 
-    def gradients(self, panel: Panel, coef: Tensor, sums: Sums) -> Tensor | None:
+    def matmuls(self, panel: Panel, coef: Tensor, sums: Sums) -> Tensor | None:
         """Add ``E @ (-coef / S * H)`` to `sums`; return ``(P - onehot)^T @ W``, (n, D), if hidden
         needs it: 2U.
         """
-        scale, reach = 1.0, reach_of(panel.h, self.head)
-        if reach is not None or coef.device.type == "cpu":  # it synchronizes GPUs: only for fp16
-            scale = unit_of(coef, reach).item()
-        unit = -coef / scale
-        unit = torch.where(unit.abs() < 1e-20, 0, unit) / panel.sums
-        dtype = panel.h.dtype
-        scaled = (panel.h * unit[:, None]).to(dtype)
+        scale, sizes = 1.0, row_sizes(panel.h, self.head)
+        if sizes is not None or coef.device.type == "cpu":  # it synchronizes GPUs: only for fp16
+            scale = scale_of(coef, sizes).item()
+        factors, dtype = row_factors(coef, scale, panel.sums), panel.h.dtype
+        scaled = (panel.h * factors[:, None]).to(dtype)
         d_rows = self.hidden.new_empty(panel.h.shape, dtype=self.acc) if self.needs[0] else None
         if self.tolerance and coef.numel():
-            blocks = skipping.split_rows([0, coef.shape[0]])
-            keep, *masses = skipping.select(
-                panel.values,
-                panel.sums,
-                panel.rows.targets,
-                coef.abs(),
-                self.tolerance,
-                blocks,
-                together=True,
-            )
-            self.mass = self.mass + torch.stack([mass.sum() for mass in masses])
-            d_weight = None if sums.weight is None else sums.weight.dense()
-            d_bias = None if sums.bias is None else sums.bias.dense()[:, 0]
+            keep = self.kept_entries(panel, coef)
             self.backend.kept_products(
-                panel.values,
-                skipping.BLOCK,
-                keep,
-                self.head.weight,
-                scaled,
-                unit,
-                d_rows,
-                d_weight,
-                d_bias,
-                scale,
-            )
+                panel.values, skipping.BLOCK, keep, self.head.weight, scaled, factors,
+                d_rows=d_rows,
+                d_weight=None if sums.weight is None else sums.weight.dense(),
+                d_bias=None if sums.bias is None else sums.bias.dense()[:, 0],
+                scale=scale,
+            )  # fmt: skip
         else:
             if d_rows is not None:
                 for v0, weight, _ in self.head.panels():
@@ -206,8 +196,17 @@ class Sweep:
             if sums.weight is not None:
                 sums.weight.add(panel.values, scaled, scale)
             if sums.bias is not None:
-                sums.bias.add(panel.values, unit[:, None].to(dtype), scale)
+                sums.bias.add(panel.values, factors[:, None].to(dtype), scale)
         return None if d_rows is None else d_rows.div_(panel.sums[:, None])
+
+    def kept_entries(self, panel: Panel, coef: Tensor) -> Tensor:
+        """The entries (blocks, V) that matter for a panel; adds to the certificate."""
+        keep, *masses = skipping.choose_entries(
+            panel.values, panel.sums, panel.rows.targets, coef.abs(), self.tolerance,
+            blocks=skipping.split_rows([0, coef.shape[0]]), together=True,
+        )  # fmt: skip
+        self.mass = self.mass + torch.stack([mass.sum() for mass in masses])
+        return keep
 
     def put_hidden(self, rows: Rows, d_rows: Tensor | None, coef: Tensor | None = None) -> None:
         """Write ``-coef * d_rows`` (n, D) to the rows' places in the gradient of hidden; without
@@ -222,17 +221,17 @@ class Sweep:
         else:
             self.d_hidden.index_copy_(0, rows.positions, values)
 
-    def whole(self, group: Group, settle: Settle) -> Tensor:
-        """Pairs that fit the panel: fill, settle, two matmuls. Returns their table."""
+    def whole_pairs(self, group: Group, pair_loss: PairLoss) -> Tensor:
+        """Pairs that fit the panel: fill it, their losses, two matmuls. Returns their table."""
         panel = self.fill(group.chunks[0])
-        pairs, coef = settle(group.first, group.last, panel.logps)
+        pairs, coef = pair_loss(group.first, group.last, panel.logps)
         if any(self.needs):
-            self.put_hidden(panel.rows, self.gradients(panel, coef, self.totals), coef)
+            self.put_hidden(panel.rows, self.matmuls(panel, coef, self.totals), coef)
         return pairs
 
-    def split(self, group: Group, settle: Settle, chosen_rows: int) -> Tensor:
+    def long_pair(self, group: Group, pair_loss: PairLoss, chosen_rows: int) -> Tensor:
         """One pair longer than the panel: every side gathers in an accumulator until its `g` is
-        known.
+        known, which takes the log-probs of both.
         """
         sides = (self.new_sums(), self.new_sums())
         parts, at, masses = [], 0, [self.mass]
@@ -242,13 +241,13 @@ class Sweep:
             d_rows = None
             if any(self.needs):
                 ones = torch.ones_like(panel.logps)
-                d_rows = self.gradients(panel, ones, sides[at >= chosen_rows])
+                d_rows = self.matmuls(panel, ones, sides[at >= chosen_rows])
             if d_rows is not None and d_rows.dtype == self.hidden.dtype:
                 self.put_hidden(panel.rows, d_rows)  # waits there, unscaled
                 d_rows = None
             parts.append((panel.rows, d_rows, panel.logps, self.mass))
             at += panel.logps.shape[0]
-        pairs, coef = settle(group.first, group.last, torch.cat([part[2] for part in parts]))
+        pairs, coef = pair_loss(group.first, group.last, torch.cat([part[2] for part in parts]))
         at = 0
         for rows, d_rows, logps, mass in parts:
             masses.append(mass * coef[at].abs())
@@ -269,11 +268,9 @@ def loss_and_grads(
     rows: Rows,
     offsets: list[int],
     head: Head,
-    backend: ModuleType,
-    settle: Settle,
-    max_bytes: int,
-    needs: tuple[bool, bool, bool],
-    tolerance: float = 0.0,
+    backend: Backend,
+    pair_loss: PairLoss,
+    settings: Settings,
     exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One sweep over all pairs.
@@ -282,42 +279,35 @@ def loss_and_grads(
         hidden: (M, D); rows: the kept ones; offsets: 2B + 1 row offsets of the sequences among the
             kept rows.
         head: output layer. backend: tile arithmetic.
-        settle: ``(first, last, logps (n,)) -> (pairs (last - first, k), coef (n,))``: the loss of
-            pairs `first` to `last` from the log-probs of their rows (chosen rows, then rejected),
-            and ``d loss / d logp`` of each of these rows.
-        max_bytes: workspace. needs: gradients wanted for hidden, weight, bias.
-        tolerance: share of the gradient's L1 mass that may be skipped.
+        pair_loss: see `PairLoss`.
+        settings: the workspace, which gradients are wanted, and the share of their L1 mass that may
+            be skipped.
         exact: take every row's exact log-sum-exp as shift (one more U).
 
     Returns:
         pairs (B, k); the share of the L1 mass skipped, (); and the gradients: hidden (M, D), weight
         (V, D), bias (V,), None where not needed.
     """
-    exact = exact or head.dtype == torch.float16
+    exact = exact or starts_exact(head.dtype)
     (vocab, width), pairs = head.weight.shape, len(offsets) // 2
-    groups = group_pairs(offsets, capacity(vocab, width, head.dtype.itemsize, max_bytes))
+    room = capacity(vocab, width, head.dtype.itemsize, settings.max_bytes)
+    groups = group_pairs(offsets, room)
     chunks = [chunk for group in groups for chunk in group.chunks]
-    sweep = Sweep(hidden, rows, head, backend, max_bytes, needs, chunks, tolerance, exact)
+    sweep = Sweep(hidden, rows, head, backend, chunks, settings, exact)
     tables = []
     for group in groups:
         if len(group.chunks) == 1:
-            tables.append(sweep.whole(group, settle))
+            tables.append(sweep.whole_pairs(group, pair_loss))
         else:
             chosen_rows = offsets[group.last] - offsets[group.first]
-            tables.append(sweep.split(group, settle, chosen_rows))
-    if not exact and rows.targets.shape[0] and not bool(sweep.worst <= MAX_SUM):
+            tables.append(sweep.long_pair(group, pair_loss, chosen_rows))
+    # one look for the whole sweep: a look at every panel would wait for the GPU each time
+    if not exact and rows.targets.shape[0] and overflowed(sweep.worst):
         del sweep
-        return loss_and_grads(
-            hidden, rows, offsets, head, backend, settle, max_bytes, needs, tolerance, exact=True
-        )
+        return loss_and_grads(hidden, rows, offsets, head, backend, pair_loss, settings, exact=True)
     if not tables:
-        tables.append(settle(0, pairs, hidden.new_empty(0, dtype=sweep.acc))[0])
+        tables.append(pair_loss(0, pairs, hidden.new_empty(0, dtype=sweep.acc))[0])
     d_weight, d_bias = (None if x is None else x.dense().to(x.dtype) for x in sweep.totals)
     share = sweep.mass[0] / sweep.mass[1].clamp(min=1e-37)
-    return (
-        torch.cat(tables),
-        share,
-        sweep.d_hidden,
-        d_weight,
-        None if d_bias is None else d_bias[:, 0],
-    )
+    d_bias = None if d_bias is None else d_bias[:, 0]
+    return torch.cat(tables), share, sweep.d_hidden, d_weight, d_bias

@@ -1,5 +1,6 @@
-"""The oracle: the loss of design section 1 in a few lines of materialized float64 PyTorch. Only
-tests and docs import it.
+"""The oracle: log-probs and losses in a few lines of PyTorch on materialized logits, for float64.
+
+Nothing here imports it: it is what tests measure against, and the formulas without the engines.
 """
 
 from __future__ import annotations

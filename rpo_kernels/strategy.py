@@ -1,0 +1,104 @@
+"""How to run one call: dtype of the matmuls, workspace, strategy.
+
+No device is read for it. The rule of "auto" stands in the docstring of `fused_rpo_loss`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rpo_kernels.engines.panel import capacity
+from rpo_kernels.engines.skipping import BLOCK, mask_shape
+from rpo_kernels.spec import Settings
+
+CPU_WORKSPACE_MB = 512
+GPU_WORKSPACE_MB = 1024
+ACCUMULATOR_SHARE = 4  # "auto" streams split pairs while the accumulators fit this many workspaces
+
+
+def _workspace(hidden: Tensor, max_workspace_mb: float | None) -> int:
+    default = CPU_WORKSPACE_MB if hidden.device.type == "cpu" else GPU_WORKSPACE_MB
+    return int((default if max_workspace_mb is None else max_workspace_mb) * 2**20)
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+def choose_settings(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float | None,
+    validate: bool,
+    grad_tolerance: float,
+    max_workspace_mb: float | None,
+    strategy: str,
+    backend: str,
+) -> Settings:
+    """How to run one call, from the arguments that the public functions share; `strategy` stays as
+    it was asked for.
+    """
+    grads = torch.is_grad_enabled()
+    return Settings(
+        ignore_index=ignore_index,
+        scale=float(logit_scale),
+        softcap=logit_softcap,
+        dtype=_compute_dtype(hidden, weight),
+        validate=validate,
+        tolerance=float(grad_tolerance),
+        max_bytes=_workspace(hidden, max_workspace_mb),
+        strategy=strategy,
+        backend=backend,
+        needs=[t is not None and t.requires_grad and grads for t in (hidden, weight, bias)],
+    )
+
+
+def resolve_strategy(settings: Settings, weight: Tensor, rows: int, sequences: int) -> Settings:
+    """Resolve "auto" by the rule that stands in `fused_rpo_loss`.
+
+    Raises:
+        ValueError: the workspace does not suffice for what was asked.
+    """
+    (vocab, width), max_bytes, dtype = weight.shape, settings.max_bytes, settings.dtype
+    room = capacity(vocab, width, dtype.itemsize, max_bytes)
+    if settings.strategy == "stream" and room < 1:
+        raise ValueError(
+            f"max_workspace_mb: strategy='stream' expected room for one row of the vocabulary "
+            f"({vocab}), got {max_bytes / 2**20:.1f} MiB; raise it or use strategy='recompute'"
+        )
+    split = settings.needs[1] and rows > room  # a pair may need accumulators
+    rounds = split and dtype.itemsize < 4 and weight.device.type == "cpu"
+    heavy = split and 8 * vocab * width > ACCUMULATOR_SHARE * max_bytes
+    thin = room < min(rows, 256)
+    if settings.strategy == "auto":
+        slow = dtype == torch.float16 or thin or rounds or heavy
+        settings = settings._replace(strategy="recompute" if slow else "stream")
+    if settings.strategy == "recompute" and settings.tolerance:
+        _check_blocks(room, rows, sequences, vocab, max_bytes)
+    return settings
+
+
+def _check_blocks(room: int, rows: int, sequences: int, vocab: int, max_bytes: int) -> None:
+    """What skipping needs when gradients are recomputed: a block of rows in the workspace, and a
+    mask of what each block keeps that is no larger.
+    """
+    if math.prod(mask_shape(rows, sequences, vocab, tolerance=1.0)) > max_bytes:
+        raise ValueError(
+            f"max_workspace_mb: grad_tolerance > 0 with gradients recomputed expected room for its "
+            f"mask, ({rows} rows / {BLOCK} + {sequences} sequences) x {vocab} bytes, got "
+            f"{max_bytes / 2**20:.1f} MiB; raise it, or use strategy='stream' or grad_tolerance=0"
+        )
+    if room < BLOCK:
+        raise ValueError(
+            f"max_workspace_mb: grad_tolerance > 0 expected room for {BLOCK} rows of the vocabulary"
+            f" ({vocab}), got {max_bytes / 2**20:.1f} MiB; raise it or use grad_tolerance=0"
+        )
