@@ -11,7 +11,7 @@ from rpo_kernels.backends import choose_backend
 from rpo_kernels.checks import check_leaves, pair_losses
 from rpo_kernels.engines import streaming
 from rpo_kernels.ops import ONCE, sequence_sums, times
-from rpo_kernels.rows import keep_rows
+from rpo_kernels.rows import keep_rows, send
 
 
 class CustomLoss(torch.autograd.Function):
@@ -25,7 +25,7 @@ class CustomLoss(torch.autograd.Function):
             labels, weight.shape[0], settings.ignore_index, settings.validate, cu_seqlens
         )
         count = len(offsets) // 2
-        lengths = labels.new_tensor(offsets).diff().view(2, count)
+        lengths = send(offsets, labels.device).diff().view(2, count)
 
         def loss_of_pairs(first: int, last: int, logps: Tensor) -> tuple[Tensor, Tensor]:
             """`streaming.PairLoss`: `loss_fn` and its slopes."""

@@ -26,7 +26,7 @@ from rpo_kernels.engines import recompute, streaming
 from rpo_kernels.engines.skipping import mask_shape
 from rpo_kernels.engines.terms import Saved
 from rpo_kernels.losses import total_terms
-from rpo_kernels.rows import check_offsets, keep_rows, sum_sequences
+from rpo_kernels.rows import check_offsets, keep_rows, send, sum_sequences
 from rpo_kernels.spec import Objective, Settings, accumulator_dtype, schema
 
 ONCE = (
@@ -53,7 +53,11 @@ def operator(name: str, arguments: str, results: int):
         returns = ", ".join(["Tensor"] * results)
         wanted = f"({arguments}) -> " + (f"({returns})" if results > 1 else returns)
         return torch.library.custom_op(
-            f"rpo_kernels::{name}", outside_autocast, mutates_args=(), schema=wanted
+            f"rpo_kernels::{name}",
+            outside_autocast,
+            mutates_args=(),
+            schema=wanted,
+            tags=(torch.Tag.cudagraph_unsafe,),  # it waits for the device: see `keep_rows`
         )
 
     return register
@@ -249,7 +253,7 @@ def preference_loss(hidden, weight, bias, labels, cu_seqlens, ref_logps, *given)
         refs = ref_logps
         if refs is not None:
             refs = torch.cat([refs[first:last], refs[count + first : count + last]])
-        return backend.tail(logps, labels.new_tensor(chosen + rejected), refs, objective)
+        return backend.tail(logps, send(chosen + rejected, logps.device), refs, objective)
 
     if settings.strategy == "stream":
         pairs, skipped, *grads = streaming.loss_and_grads(

@@ -13,6 +13,13 @@ from torch import Tensor
 MOVED = 256  # rows that are copied at a time
 
 
+def send(values: list[int], device: torch.device) -> Tensor:
+    """`values` as an int64 tensor on `device`; `Tensor.new_tensor` would wait for the device."""
+    pinned = device.type == "cuda"
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
+    return host.to(device, non_blocking=True)
+
+
 class Rows(NamedTuple):
     """The kept rows of a ``(M, D)`` tensor: `positions` (N,) (None if all are kept),
     `targets` (N,) their labels.
@@ -124,7 +131,7 @@ def keep_rows(
     kept = targets != ignore_index
     ends = torch.zeros(rows + 1, dtype=torch.int64, device=targets.device)
     torch.cumsum(kept, 0, out=ends[1:])
-    given = targets.new_tensor([0, rows]) if cu_seqlens is None else cu_seqlens.long()
+    given = send([0, rows], targets.device) if cu_seqlens is None else cu_seqlens.long()
     # wrong offsets must not index out of range: they are refused below, once all is on the host
     facts = [ends[given.clamp(0, rows)]]
     if validate:

@@ -33,10 +33,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rpo_kernels.backends import tiles, triton_sparse, triton_tail
 from rpo_kernels.backends import triton_backend as backend
 from rpo_kernels.backends import triton_kernels as kernels
+from rpo_kernels.engines.panel import stride
 from rpo_kernels.losses import LOSSES
 from rpo_kernels.spec import Objective, Transform
 
 N, V, D, PANEL, RAGGED = 65536, 262144, 8192, 32768, 1040
+ODD = 3047  # rows of a real batch: no power of two divides them
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),
@@ -93,17 +95,25 @@ def record(family: str, calls: Iterator) -> list:
 
 
 def calls_of(
-    family: str, dtype: torch.dtype, width: int, transform: Transform, bias: bool, exp_tile=None
+    family: str,
+    dtype: torch.dtype,
+    width: int,
+    transform: Transform,
+    bias: bool,
+    exp_tile=None,
+    rows: int = N,
 ):
-    """Yield one call of every launcher that `dtype` concerns."""
+    """Yield one call of every launcher that `dtype` concerns; panels as `engines.panel` makes them
+    on a GPU.
+    """
 
     def meta(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    hidden, weight, targets = meta(N, width), meta(V, width), meta(N, dtype=torch.int64)
+    hidden, weight, targets = meta(rows, width), meta(V, width), meta(rows, dtype=torch.int64)
     offset = meta(V) if bias else None
-    shift, total, logit = (meta(N, dtype=torch.float32) for _ in range(3))
-    out = meta(PANEL, N)
+    shift, total, logit = (meta(rows, dtype=torch.float32) for _ in range(3))
+    out = meta(PANEL, stride(rows, torch.device("cuda")))[:, :rows]
     panel = weight[:PANEL], None if offset is None else offset[:PANEL]
     arguments = (hidden, *panel, shift, targets, 0, transform, out, total, logit)
     tile = exp_tile or tiles.CONFIGS[family, tiles.dtype_class(dtype.itemsize)].tile
@@ -161,18 +171,39 @@ def source(kernel: triton.JITFunction, arguments: dict) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def nvidia_tool(name: str, *arguments: str) -> str:
+    """What one of the tools inside Triton's package prints."""
+    command = [Path(triton.__file__).parent / "backends/nvidia/bin" / name, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def resources(asm: dict) -> tuple[int, int]:
     """Bytes (or registers) spilled, and registers of a thread."""
     if "amdgcn" in asm:
         spills = sum(int(x) for x in re.findall(r"\.vgpr_spill_count:\s*(\d+)", asm["amdgcn"]))
         return spills, int(re.search(r"\.vgpr_count:\s*(\d+)", asm["amdgcn"])[1])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
         cubin.flush()
-        command = [tool, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        usage = nvidia_tool("cuobjdump", "--dump-resource-usage", cubin.name)
     return int(re.search(r"STACK:(\d+)", usage)[1]), int(re.search(r"REG:(\d+)", usage)[1])
+
+
+def accesses(asm: dict, kind: str) -> dict[int, int]:
+    """How many instructions "store" (or "load") 2, 4, 8 and 16 bytes of global memory."""
+    if "amdgcn" in asm:
+        found = re.findall(rf"(?:global|buffer)_{kind}_(\w+)", asm["amdgcn"])
+        sizes = {2: "short", 4: "dword", 8: "dwordx2", 16: "dwordx4"}
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(asm["cubin"])
+            cubin.flush()
+            text = nvidia_tool("cuobjdump", "--dump-sass", cubin.name)
+        name = {"store": "STG", "load": "LDG"}[kind]
+        words = re.findall(rf"\b{name}((?:\.\w+)+)", text)
+        widths = (re.search(r"\.(U8|S8|U16|64|128|256)\b", word) for word in words)
+        found, sizes = [x and x[1] for x in widths], {2: "U16", 4: None, 8: "64", 16: "128"}
+    return {size: found.count(name) for size, name in sizes.items()}
 
 
 def build(family: str, kernel: triton.JITFunction, arguments: dict, label: str) -> dict:
@@ -191,6 +222,9 @@ def build(family: str, kernel: triton.JITFunction, arguments: dict, label: str) 
         "fused": options.get("enable_fp_fusion"),
         "matrix": MATRIX[family] in text,
         "tma": "cp.async.bulk.tensor" in text,
+        "stores": accesses(compiled.asm, "store"),
+        "loads": accesses(compiled.asm, "load"),
+        "tile": [arguments.get(name) for name in ("BLOCK_N", "BLOCK_V", "num_warps")],
         "seconds": round(time.perf_counter() - begin, 2),
     }
 
@@ -213,6 +247,10 @@ def main(family: str, oversized: bool) -> None:
                 once = "ragged" in label or kernel.__name__ in ("lse_partials", "exp_fused")
                 if once and (kernel.__name__ != "lse_merge" or label.startswith("fp32")):
                     cases.append((kernel, arguments, label))
+        for label, dtype in (("bf16 odd rows", torch.bfloat16), ("fp32 odd rows", torch.float32)):
+            calls = calls_of(family, dtype, D, plain, False, rows=ODD)
+            launches = record(family, calls)
+            cases += [(*x, label) for x in launches if x[0].__name__.startswith("exp_")]
         for label, *case in (
             ("bf16", torch.bfloat16, torch.bfloat16, D, KEPT_ROWS),
             ("bf16 autocast ragged", torch.bfloat16, torch.float32, RAGGED, KEPT_ROWS - 240),

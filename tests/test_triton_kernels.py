@@ -236,6 +236,33 @@ def test_exp_panel(how, dtype, transform, bias):
     assert_plain(picked[inside, None], same, want, dtype)
 
 
+def padded(rows, n, wide, spare=0, dtype=torch.float32):
+    """A panel ``(rows, n)`` whose rows are `wide` apart, the last one with `spare` elements less."""
+    size = rows * wide - spare
+    buffer = torch.full((size,), math.nan, dtype=dtype, device=DEVICE)
+    return buffer.as_strided((rows, n), (wide, 1))
+
+
+@pytest.mark.parametrize("how", FILLS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_padded_panels_have_the_same_bits(how, dtype):
+    """Rows that end at a multiple of 16 are filled to their end, any other panel up to n."""
+    hidden, weight, offset, targets = make(n=70, vocab=300, width=40, dtype=dtype)
+    shift = (logits(hidden, weight, offset, CAPPED).logsumexp(1) * LOG2E).float()
+    results = []
+    for wide, spare, reach in ((80, 0, 80), (80, 9, 70), (70, 0, 70), (96, 0, 70)):
+        out, sums = padded(300, 70, wide, spare, dtype), torch.zeros(70, device=DEVICE)
+        assert backend.reach_of(out) == reach
+        fill(how, hidden, weight, offset, shift, targets, 0, CAPPED, out, sums)
+        results.append((out, sums))
+        if reach == 70:
+            rest = torch.ones(300 * wide - spare, dtype=torch.bool, device=DEVICE)
+            rest.as_strided((300, 70), (wide, 1)).fill_(False)
+            assert out.as_strided(rest.shape, (1,))[rest].isnan().all()
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
 def test_both_fills_agree_and_choose_by_configuration(monkeypatch):
     hidden, weight, offset, targets = make()
     z, plain = (logits(hidden, weight, offset, CAPPED, x) for x in (torch.float64, torch.float32))

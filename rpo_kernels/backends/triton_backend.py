@@ -178,6 +178,16 @@ def exp_panel(
         launch(hidden, weight, *panel, config.tile)
 
 
+def reach_of(out: Tensor) -> int:
+    """Columns of a panel ``out (p, n)`` that may be written: n, or n rounded up to a multiple of 16
+    if every row of `out` ends there, the last one too.
+    """
+    n, wide = out.shape[1], _blocks(out.shape[1], 16) * 16
+    end = (out.storage_offset() + (out.shape[0] - 1) * out.stride(0) + wide) * out.itemsize
+    fits = out.stride(0) == wide and end <= out.untyped_storage().nbytes()
+    return wide if fits else n
+
+
 def _panel_arguments(
     bias: Tensor | None,
     shift: Tensor,
@@ -197,6 +207,7 @@ def _panel_arguments(
         "part_sum": part_sum,
         "target": target,
         "n": out.shape[1],
+        "reach": reach_of(out),
         "p": out.shape[0],
         "v0": v0,
         "stride_ov": out.stride(0),
