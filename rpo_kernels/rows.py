@@ -153,7 +153,7 @@ def keep_rows(
     if offsets[-1] == rows:
         return Rows(None, targets), offsets
     # nonzero would wait for the device again to learn the count, which is known by now
-    index = (
-        torch.nonzero_static(kept, size=offsets[-1])[:, 0] if kept.is_cuda else kept.nonzero()[:, 0]
-    )
+    on_cpu = kept.device.type == "cpu"
+    index = kept.nonzero() if on_cpu else torch.nonzero_static(kept, size=offsets[-1])
+    index = index[:, 0]
     return Rows(index, targets[index]), offsets

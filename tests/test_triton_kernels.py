@@ -237,7 +237,7 @@ def test_exp_panel(how, dtype, transform, bias):
 
 
 def padded(rows, n, wide, spare=0, dtype=torch.float32):
-    """A panel ``(rows, n)`` whose rows are `wide` apart, the last one with `spare` elements less."""
+    """A panel ``(rows, n)``, rows `wide` apart; the last one has `spare` elements less."""
     size = rows * wide - spare
     buffer = torch.full((size,), math.nan, dtype=dtype, device=DEVICE)
     return buffer.as_strided((rows, n), (wide, 1))

@@ -26,7 +26,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, scale: floa
     """
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=float(accumulate), alpha=scale, out=out)
-    elif a.is_cuda:
+    elif a.device.type != "cpu":
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=float(accumulate), alpha=scale, out=out)
     else:
         step = max(1, ROUNDED // out.shape[1], min(ROUNDED_ROWS, a.shape[0] // 2, a.shape[1] // 2))
