@@ -147,6 +147,26 @@ def test_outputs_are_aligned_whatever_n(monkeypatch):
         assert all(launch[name].data_ptr() % 16 == 0 for launch in launches), name
 
 
+@pytest.fixture
+def tf32_allowed():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("tf32_allowed")
+def test_sums_agree_with_panels_where_tf32_is_allowed():
+    """The vendor's matmul rounds a panel's operands: divided by the sums, columns must add up to 1,
+    as they do without TF32, but for errors of both signs.
+    """
+    hidden, weight, offset, targets = make(width=64)
+    lse, _ = softmax_of(hidden, weight, offset, targets, PLAIN)
+    z = logits(hidden, weight, offset, PLAIN)
+    plain = logits(hidden, weight, offset, PLAIN, torch.float32)
+    assert_plain(lse, plain.logsumexp(1), z.logsumexp(1))
+
+
 def test_a_probability_near_one_keeps_its_accuracy():
     """1 - p = exp(-8) and logits of 1e4: log p must not round to eps * 1e4."""
     hidden = torch.ones(1, 16, device=DEVICE)

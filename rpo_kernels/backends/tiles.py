@@ -133,6 +133,14 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def sum_precision() -> str:
+    """How `tl.dot` multiplies float32 for a log-sum-exp: three TF32 products where `precision` says
+    one. Triton cuts operands to TF32, the vendor's matmul of a panel rounds them: what the panel's
+    entries are divided by must not be biased against them.
+    """
+    return "tf32x3" if precision() == "tf32" else "ieee"
+
+
 def choose_splits(row_blocks: int, vocab_blocks: int, slots: int, most: int) -> int:
     """Into how many spans to cut the vocabulary, so that ``row_blocks * splits`` fills `slots`.
 

@@ -125,7 +125,7 @@ def lse_and_target(
         partials = hidden.new_empty(2, splits, rows, dtype=torch.float32)
         with on_device(hidden):
             kernels.lse_partials[(row_blocks * splits,)](
-                **_operands(h, weight, tile),
+                **_operands(h, weight, tile) | {"PRECISION": tiles.sum_precision()},
                 bias=dense(bias),
                 targets=dense(targets[i : i + step]),
                 partials=partials,
