@@ -51,6 +51,7 @@ class CustomLoss(torch.autograd.Function):
                 hidden, rows, offsets, head, backend, loss_of_pairs, settings
             )
         ctx.save_for_backward(*grads)
+        ctx.backend = settings.backend
         logps = pairs[:, 1:].t().contiguous()
         ctx.mark_non_differentiable(logps)
         return pairs[:, 0].sum() / num_pairs, logps
@@ -60,4 +61,4 @@ class CustomLoss(torch.autograd.Function):
         """Multiply the kept gradients by the upstream scalar."""
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(ONCE)
-        return *times(ctx.saved_tensors, grad), *[None] * 5
+        return *times(ctx.saved_tensors, grad, ctx.backend), *[None] * 5

@@ -63,15 +63,20 @@ def operator(name: str, arguments: str, results: int):
     return register
 
 
-def times(grads: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+def times(grads: Sequence[Tensor | None], factor: Tensor, backend: str) -> list[Tensor | None]:
     """``factor ()`` times every gradient that a backward pass saved, in place where that pass is
     the graph's last (`retain_graph` is False) and neither traced nor batched: a second copy of dW
-    costs time and memory.
+    costs time and memory, and where the factor is 1 there is nothing to do.
     """
     # no public function tells these two; without them every backward would have to copy
     plain = type(factor) is Tensor and "Batched" not in str(torch._C._dispatch_keys(factor))
     last = plain and not torch._C._autograd._get_current_graph_task_keep_graph()
-    return [x if x is None else x.mul_(factor) if last else x * factor for x in grads]
+    if not last:
+        return [x if x is None else x * factor for x in grads]
+    for x in grads:
+        if x is not None and x.numel():
+            choose_backend(backend, x).scale_(x, factor)
+    return list(grads)
 
 
 def _empty_grads(
@@ -298,7 +303,7 @@ def _grad_loss(ctx, grad, *_):
         raise RuntimeError(ONCE)
     found: Sequence[Tensor | None] = (None, None, None)
     if grad is not None and ctx.settings.strategy == "stream":
-        found = times(ctx.saved_tensors[:3], grad)
+        found = times(ctx.saved_tensors[:3], grad, ctx.settings.backend)
     elif grad is not None:
         logps, norm, coef, *again = ctx.saved_tensors
         found = linear_logprobs_backward(coef * grad, logps, norm, *again, *ctx.settings)

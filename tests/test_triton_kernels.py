@@ -526,6 +526,24 @@ def test_loss_is_exactly_ln_2_against_itself():
     assert (again[:, 4:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", [backend, torch_backend], ids=["triton", "torch"])
+def test_scaling_in_place(how, dtype, monkeypatch):
+    """More elements than the programs take at once; 1 changes nothing, NaN everything."""
+    monkeypatch.setattr(tiles, "SCALE_BLOCK", 64)
+    size = 9 * 8 * tiles.of_device(torch.device(DEVICE))[1] * 64 + 3
+    given = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    for factor in (1.0, 0.5, -4.0, 0.0, math.nan):
+        found = given.clone()
+        how.scale_(found, torch.tensor(factor, device=DEVICE))
+        torch.testing.assert_close(found, given * factor, rtol=0, atol=0, equal_nan=True)
+    strided = torch.randn(20, 33, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype).t()
+    found = strided.clone()
+    assert not found.is_contiguous()
+    how.scale_(found, torch.tensor(2.0, device=DEVICE))
+    assert torch.equal(found, 2 * strided)
+
+
 def test_supports():
     for dtype in DTYPES:
         backend.supports(torch.empty(1, dtype=dtype, device=DEVICE))

@@ -127,6 +127,11 @@ class Backend(Protocol):
             d loss / d logps. A pair without any token is zero everywhere.
         """
 
+    def scale_(self, tensor: Tensor, factor: Tensor) -> None:
+        """Multiply `tensor` (dense, any shape) by `factor` () in place: without a pass over it where
+        the factor is 1.
+        """
+
 
 def choose_backend(name: str, hidden: Tensor) -> Backend:
     """The backend for tensors like `hidden` (any shape).

@@ -211,3 +211,9 @@ def tail(
     pairs = torch.stack([value * live, sft, s_c, s_r, beta * c, beta * r], dim=1)
     coef = torch.repeat_interleave(slopes, counts, output_size=logps.shape[0])
     return pairs.to(logps.dtype), coef.to(logps.dtype)
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """`Backend.scale_`; a GPU without Triton multiplies by 1 too."""
+    if factor.device.type != "cpu" or factor != 1:
+        tensor.mul_(factor)

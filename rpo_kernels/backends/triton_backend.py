@@ -18,10 +18,10 @@ from rpo_kernels.backends import tiles
 from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.backends.launch import dense, on_device
 from rpo_kernels.backends.triton_sparse import kept_products
-from rpo_kernels.backends.triton_tail import tail
+from rpo_kernels.backends.triton_tail import scale_, tail
 from rpo_kernels.spec import Transform
 
-__all__ = ["exp_panel", "kept_products", "lse_and_target", "supports", "tail"]
+__all__ = ["exp_panel", "kept_products", "lse_and_target", "scale_", "supports", "tail"]
 LOG2E = math.log2(math.e)
 
 
