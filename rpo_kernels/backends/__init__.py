@@ -128,8 +128,8 @@ class Backend(Protocol):
         """
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
-        """Multiply `tensor` (dense, any shape) by `factor` () in place: without a pass over it where
-        the factor is 1.
+        """Multiply `tensor` (dense, any shape) by `factor` () in place: without a pass where it is
+        1.
         """
 
 
