@@ -68,6 +68,11 @@ class Rows(NamedTuple):
         zeros = values.new_zeros(total, *values.shape[1:])
         return zeros.index_copy_(0, self.positions, values)
 
+    def ranges(self, parts: list[tuple[int, int]]) -> Rows:
+        """The kept rows ``(start, stop)`` of each of `parts`, in that order: needs `positions`."""
+        found = [[x[start:stop] for start, stop in parts] for x in self]
+        return Rows(*(x[0] if len(x) == 1 else torch.cat(x) for x in found))
+
     def subset(self, order: Tensor) -> Rows:
         """The kept rows at positions `order` (n,), in that order."""
         return Rows(

@@ -20,7 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from rpo_kernels import ops
-from rpo_kernels.backends import tiles, triton_backend, triton_kernels, triton_sparse, triton_tail
+from rpo_kernels.backends import (
+    tiles,
+    triton_backend,
+    triton_kernels,
+    triton_sparse,
+    triton_tail,
+    triton_targets,
+)
 from rpo_kernels.engines.panel import capacity
 from rpo_kernels.spec import Objective, Settings
 
@@ -34,6 +41,9 @@ KERNELS = [
     (triton_sparse, "kept_rows"),
     (triton_sparse, "kept_weight"),
     (triton_tail, "rpo_tail"),
+    (triton_targets, "pick_logits"),
+    (triton_targets, "put_entries"),
+    (triton_targets, "finish_rows"),
 ]
 
 

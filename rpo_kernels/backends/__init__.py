@@ -82,6 +82,49 @@ class Backend(Protocol):
             max_bytes: bound on temporaries.
         """
 
+    def target_logits(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: Transform,
+        max_bytes: int,
+    ) -> Tensor:
+        """``y`` of every row's target, (n,) acc: products summed in acc whatever the device.
+
+        Args:
+            hidden: (n, D). targets: (n,) int64 in [0, V).
+            weight: (V, D), its rows are cast to hidden's dtype. bias: (V,) or None.
+            transform: scale and softcap. max_bytes: bound on temporaries.
+        """
+
+    def put_targets_(self, panel: Tensor, targets: Tensor, v0: int, values: Tensor) -> None:
+        """``panel[targets[i] - v0, i] = values[i]`` for the rows whose target lies in the panel.
+
+        Args:
+            panel: (p, n), the vocabulary entries from `v0` on.
+            targets: (n,) int64, over the whole vocabulary. values: (n,).
+        """
+
+    def finish_panel(
+        self,
+        panel: Tensor,
+        targets: Tensor,
+        shift: Tensor,
+        sums: Tensor,
+        target: Tensor,
+        transform: Transform,
+    ) -> Tensor:
+        """Log-probs (n,) acc, in nats; and the targets' entries ``sums * (p - 1) * dz/dx`` of a
+        panel, put in their places, accurate where p is close to 1.
+
+        Args:
+            panel: (V, n), as `exp_panel` left it over the whole vocabulary.
+            targets: (n,) int64. shift, sums, target: (n,) acc, as `exp_panel` left them.
+            transform: scale and softcap.
+        """
+
     def kept_products(
         self,
         panel: Tensor,

@@ -8,21 +8,29 @@ Key: n rows, D hidden size, V vocabulary, p panel entries, B pairs.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rpo_kernels.backends import tiles
 from rpo_kernels.backends import triton_kernels as kernels
-from rpo_kernels.backends.launch import dense, on_device
+from rpo_kernels.backends.launch import base2_factors, dense, on_device
 from rpo_kernels.backends.triton_sparse import kept_products
 from rpo_kernels.backends.triton_tail import scale_, tail
+from rpo_kernels.backends.triton_targets import finish_panel, put_targets_, target_logits
 from rpo_kernels.spec import Transform
 
-__all__ = ["exp_panel", "kept_products", "lse_and_target", "scale_", "supports", "tail"]
-LOG2E = math.log2(math.e)
+__all__ = [
+    "exp_panel",
+    "finish_panel",
+    "kept_products",
+    "lse_and_target",
+    "put_targets_",
+    "scale_",
+    "supports",
+    "tail",
+    "target_logits",
+]
 
 
 def supports(hidden: Tensor) -> None:
@@ -53,14 +61,6 @@ def supports(hidden: Tensor) -> None:
 def _config(hidden: Tensor) -> tiles.Config:
     family, kind = tiles.of_device(hidden.device)[0], tiles.dtype_class(hidden.dtype.itemsize)
     return tiles.CONFIGS[family, kind]
-
-
-def _factors(transform: Transform) -> dict[str, float | None]:
-    """``inner`` and ``outer`` of the kernels' base-2 logit."""
-    scale, cap = transform
-    if cap is None:
-        return {"inner": None, "outer": scale * LOG2E}
-    return {"inner": scale / cap, "outer": cap * LOG2E}
 
 
 def _slope(transform: Transform) -> float | None:
@@ -134,7 +134,7 @@ def lse_and_target(
                 V=vocab,
                 span=blocks * tile.block_v,
                 splits=splits,
-                **_factors(transform),
+                **base2_factors(transform),
                 GROUP=tiles.GROUP_ROWS,
             )
             kernels.lse_merge[(_blocks(rows, tiles.MERGE_ROWS),)](
@@ -213,7 +213,7 @@ def _panel_arguments(
         "stride_ov": out.stride(0),
         "slope": _slope(transform),
         "enable_fp_fusion": True,
-    } | _factors(transform)
+    } | base2_factors(transform)
 
 
 def exp_panel_fused(

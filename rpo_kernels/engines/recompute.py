@@ -33,7 +33,6 @@ from rpo_kernels.engines import skipping
 from rpo_kernels.engines.matmul import matmul_into
 from rpo_kernels.engines.panel import (
     ALIGN,
-    LN2,
     capacity,
     empty_sum,
     fill_panel,
@@ -47,7 +46,7 @@ from rpo_kernels.engines.panel import (
 )
 from rpo_kernels.engines.terms import Saved, terms_of
 from rpo_kernels.rows import Rows, send
-from rpo_kernels.spec import Head, accumulator_dtype, gathered_rows
+from rpo_kernels.spec import LN2, Head, accumulator_dtype, gathered_rows
 
 
 def forward(
@@ -73,7 +72,7 @@ def forward(
             # every panel has a shift of its own: bring both to the larger one
             before, found = found, merge(found, (shift, sums))
             target = torch.where(inside, y + (shift - found[0]), target + (before[0] - found[0]))
-        sums, target = with_exact_targets(h, targets, head, *found, target, max_bytes // 2)
+        sums, target = with_exact_targets(h, targets, head, backend, *found, target, max_bytes // 2)
         logps[start:stop] = (target - sums.log2()) * LN2
         norm[start:stop] = torch.stack(normalized(found[0], sums), 1)
     return logps, norm
