@@ -63,6 +63,16 @@ class Counted(TorchDispatchMode):
     def launch(self, name: str) -> None:
         self.launches[name] = self.launches.get(name, 0) + 1
 
+    def made(self, function):
+        """`function`, which makes a tensor of Python numbers: on a GPU it waits for the copy."""
+
+        def wrapped(*args, **kwargs):
+            made = function(*args, **kwargs)
+            self.waits += made.device.type == "meta"
+            return made
+
+        return wrapped
+
     @property
     def total(self) -> int:
         return sum(self.launches.values())
@@ -108,6 +118,8 @@ def counting(answer: list[int]):
             stack.enter_context(mock.patch.object(module, name, stand_in))
         stack.enter_context(mock.patch.object(tiles, "of_device", lambda device: ("sm_90", 132)))
         stack.enter_context(mock.patch.object(triton_backend, "supports", lambda hidden: None))
+        for place, name in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")):
+            stack.enter_context(mock.patch.object(place, name, counted.made(getattr(place, name))))
         stack.enter_context(counted)
         yield counted
 
@@ -157,13 +169,40 @@ def test_exact_calls_wait_twice_whatever_the_number_of_groups(strategy):
         assert found.waits == 2, found
 
 
-def test_a_hidden_copy_is_counted():
-    with counting([]) as counted:
-        x = torch.empty(4, device="meta")
-        x.new_tensor([1, 2])
+def test_a_group_of_pairs_takes_few_launches():
+    """What does not grow with a group's work: all but the matmuls and what fills the panel."""
+    few, many = call(2**14, "stream"), call(2**16, "stream")
+    assert many.groups - few.groups == 24
+    assert (many.launches - few.launches) / 24 <= 30
+    large = sum(many.kinds[name] for name in ("addmm", "exp_fused", "lse_partials"))
+    assert large == 4 * many.groups
+
+
+def test_a_panel_takes_few_launches():
+    """Recomputing: two matmuls, the panel, its targets; the bias' sum, and dW's scale if rows are
+    in one chunk.
+    """
+    found = call(2**14, "recompute")
+    panels = found.kinds["exp_fused"]
+    assert found.launches - 60 <= 8 * panels
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.new_tensor([1, 2]),
+        lambda x: torch.tensor([1, 2], device=x.device),
+        lambda x: torch.tensor([1, 2]).to(x.device),
+        lambda x: bool((x > 0).all()),
+        lambda x: x.amax().item(),
+        lambda x: x.tolist(),
+        lambda x: x.copy_(torch.ones(4)),
+    ],
+)
+def test_every_kind_of_wait_is_counted(wait):
+    with counting([1, 2, 3, 4]) as counted:
+        wait(torch.empty(4, device="meta"))
         assert counted.waits == 1
-        bool((x > 0).all())
-        assert counted.waits == 2
 
 
 if __name__ == "__main__":

@@ -313,6 +313,62 @@ def test_float32_panel_from_half_precision(monkeypatch):
     assert_plain(out, plain.softmax(1).t(), z.softmax(1).t())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform, bias", [(PLAIN, False), (CAPPED, True)])
+def test_target_logits(dtype, transform, bias):
+    hidden, weight, offset, targets = make(dtype=dtype, bias=bias)
+    found = backend.target_logits(hidden, targets, weight, offset, transform, 0)
+    plain, truth = (
+        logits(hidden, weight, offset, transform, x).gather(1, targets[:, None])[:, 0]
+        for x in (torch.float32, torch.float64)
+    )
+    assert_plain(found, LOG2E * plain, LOG2E * truth)
+    empty = backend.target_logits(hidden[:0], targets[:0], weight, offset, transform, 0)
+    assert empty.shape == (0,)
+
+
+def finish(how, dtype, transform):
+    """Log-probs from -30 to -1e-7, and a panel with their entries among zeros."""
+    wanted = -torch.logspace(-7, math.log10(30), N, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    sums = (torch.rand(N, generator=g) * 4 + 0.5).to(DEVICE)
+    target = (wanted.to(DEVICE) * LOG2E + sums.double().log2()).float()
+    shift = torch.randn(N, generator=g).to(DEVICE)
+    targets = torch.randint(300, (N,), generator=g).to(DEVICE)
+    panel = torch.zeros(300, N + 3, dtype=dtype, device=DEVICE)[:, :N]
+    given = [x if dtype != torch.float64 else x.double() for x in (shift, sums, target)]
+    logps = how.finish_panel(panel, targets, *given, transform)
+    return logps, panel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transform", [PLAIN, SCALED, CAPPED])
+def test_finished_rows(dtype, transform):
+    """Accurate however close p is to 1: every number is a few roundings from the float64 one."""
+    logps, panel = finish(backend, dtype, transform)
+    want, entries = finish(torch_backend, torch.float64, transform)
+    _, steep = finish(torch_backend, torch.float64, Transform(transform.scale))  # before the cap
+    # the difference of two logarithms is exact to the rounding of the larger
+    assert_within_roundings(logps, want, 2)
+    if dtype == torch.float32:
+        assert_within_roundings(panel, entries, 8, steep.abs())
+    else:  # the interpreter cuts to bfloat16, GPUs round
+        assert_within_roundings(panel, entries, 2, steep.abs())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entries_are_put_where_they_belong(dtype):
+    targets = torch.randint(300, (N,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    values = torch.arange(N, device=DEVICE).float()
+    results = []
+    for how in (backend, torch_backend):
+        buffer = torch.full((120, N + 6), -1.0, dtype=dtype, device=DEVICE)
+        how.put_targets_(buffer[:, :N], targets, 100, values)
+        results.append(buffer)
+    assert torch.equal(*results)
+    assert (results[0] >= 0).sum() == ((targets >= 100) & (targets < 220)).sum()
+
+
 def test_nothing_below_exp_minus_60():
     hidden, weight, offset, targets = make(n=4, vocab=40, width=16)
     for how in FILLS:

@@ -23,6 +23,7 @@ starts there (`starts_exact`), because its exponents are too short for anything 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -121,13 +122,17 @@ def fill_panel(
     step = stride(n, hidden.device)
     values = buffer[: vocab * step].view(vocab, step)[:, :n]
     none, room = torch.full_like(rows.targets, -1), slack(max_bytes)
-    shift = None
-    if not exact:
-        shift = backend.target_logits(h, rows.targets, head.weight, head.bias, head.transform, room)
+    logs = []
     for _, weight, bias in head.panels() if exact else [next(head.panels(PROBE))]:
         low, part, _ = backend.lse_and_target(h, weight, bias, none, head.transform, max_bytes // 8)
-        lse = low + part.log2()
-        shift = lse if shift is None else torch.logaddexp2(shift, lse)
+        logs.append(low + part.log2())
+    if exact:
+        shift = functools.reduce(torch.logaddexp2, logs)
+    else:
+        targets = backend.target_logits(
+            h, rows.targets, head.weight, head.bias, head.transform, room
+        )
+        shift = torch.maximum(logs[0], targets)
     sums, target = torch.zeros_like(shift), torch.zeros_like(shift)
     for v0, weight, bias in head.panels():
         backend.exp_panel(
