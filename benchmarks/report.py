@@ -16,6 +16,7 @@ from benchmarks.environment import ROOT
 from benchmarks.records import load, median, number, ratio
 from benchmarks.run import RESULTS
 from benchmarks.targets import compare
+from benchmarks.trl_integration import BASE as TRL_BASE
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 
@@ -244,6 +245,35 @@ def end_to_end_section(document: dict) -> str:
     return "\n\n".join([intro, grid(head, rows), provenance(document, how)])
 
 
+def trl_section(document: dict) -> str:
+    """Our head in TRL's trainers."""
+    settings, rows = document["settings"], []
+    for dtype, runs in document["runs"].items():
+        for name, run in runs.items():
+            label = f"{name}, {dtype}"
+            if run["status"] != "ok":
+                rows.append([label, run["status"], *["–"] * 4])
+                continue
+            base = runs[TRL_BASE]
+            rows.append(
+                [
+                    label if name == TRL_BASE else f"**{label}**",
+                    number(run["median_s"]),
+                    number(run["median_s"] / base["median_s"]),
+                    number(run["peak_bytes"] / 1e9),
+                    number(run["peak_bytes"] / base["peak_bytes"]),
+                    number(run["difference"], 2) + ("" if run["agrees"] else " (disagrees)"),
+                ]
+            )
+    head = ["trainer", "s / step", "of TRL", "peak GB", "of TRL", "losses, gradient against TRL"]
+    how = (
+        f"{settings['pairs']} pairs a step cut to {settings['max_length']} tokens, "
+        f"{settings['steps'] - 1} timed steps of SmolLM2-135M, a process each"
+    )
+    intro = "TRL's own trainer, the same on our head, and `RPOTrainer`: whole steps, same losses."
+    return "\n\n".join([intro, grid(head, rows), provenance(document, how)])
+
+
 def plot_name(document: dict) -> str:
     return f"{document['case']}-{document['device']['kind']}.png"
 
@@ -252,7 +282,7 @@ def section(documents: dict[tuple[str, str], dict]) -> str:
     """The whole text between the markers."""
     parts = []
     writers = {"table": table_section, "gpu": gpu_section, "scaling": scaling_section}
-    writers["end_to_end"] = end_to_end_section
+    writers |= {"end_to_end": end_to_end_section, "trl_integration": trl_section}
     for (case, _), document in documents.items():
         if document["runs"]:
             parts.append(writers[case](document))
@@ -293,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks.plots import draw
 
     for (case, _), document in documents.items():
-        if case != "end_to_end":
+        if case not in ("end_to_end", "trl_integration"):
             draw(document, a.results / plot_name(document))
     if not a.write or new is None:
         print(text)

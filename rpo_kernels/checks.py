@@ -118,15 +118,19 @@ def check_head(
     for name, other in (("weight", weight), (labels_name, labels), ("bias", bias)):
         if other is not None and other.device != hidden.device:
             _fail(name, f"hidden's device {hidden.device}", other.device)
-    _check_numbers(scale, softcap, ignore_index, weight.shape[0])
+    check_transform(scale, softcap)
+    _check_ignore_index(ignore_index, weight.shape[0])
 
 
-def _check_numbers(scale: float, softcap: float | None, ignore_index: int, vocab: int) -> None:
-    """Check the arguments of an output layer that are no tensors."""
+def check_transform(scale: float, softcap: float | None) -> None:
+    """Check what turns the output layer's product into logits."""
     _number("logit_scale", scale, "a finite number > 0 in float32", lambda x: 0 < x <= LARGEST)
     if softcap is not None:
         expected = "None or a finite number > 0 in float32"
         _number("logit_softcap", softcap, expected, lambda x: 0 < x <= LARGEST)
+
+
+def _check_ignore_index(ignore_index: int, vocab: int) -> None:
     expected = f"an int64 value that is no token id (outside [0, {vocab}))"
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         _fail("ignore_index", expected, repr(ignore_index), TypeError)

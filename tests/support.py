@@ -33,6 +33,9 @@ from rpo_kernels import oracle
 from rpo_kernels.engines.panel import capacity
 
 IGNORE = -100
+QUADRATIC = {"ipo", "sppo_hard"}  # losses that are no function of an exponential
+ROUNDINGS = 4  # eps of seven operations one after another: a difference, beta, a sigmoid (two),
+# a factor, a sum and a quotient, each off by half an eps
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -300,7 +303,7 @@ def value_budget(
     """
     leaves = [x.detach().double().requires_grad_() for x in (exact, *others)]
     number = function(*leaves)
-    slopes = torch.autograd.grad(number, leaves)
+    slopes = torch.autograd.grad(number, leaves, materialize_grads=True)
     terms = number.abs() + sum((s * x).abs().sum() for s, x in zip(slopes, leaves, strict=True))
     off = (slopes[0].abs() * errors.double()).sum()
     return (off + torch.finfo(errors.dtype).eps * terms).item()
@@ -353,6 +356,24 @@ def loss_bounds(problem: Problem, loss: Callable[[Tensor], Tensor], **heads) -> 
         problem, upstream, **heads, upstream_error=spread.amax(0) + 16 * 2**-52 * upstream.abs()
     )
     return bounds | {"out": torch.tensor(value_budget(loss, off, exact))}
+
+
+def loss_limits(
+    name: str, c, r, beta, epsilon, gamma, truth, dtype: torch.dtype, roundings: int = ROUNDINGS
+) -> list:
+    """How far rounding may put a pair's loss and its two slopes, `truth`, off.
+
+    Every intermediate is rounded; the largest sets by how much. An exponential turns that absolute
+    error of its argument into a relative one of its value. Numbers or tensors, c and r as large as
+    whatever they are differences of.
+    """
+    unit = roundings * torch.finfo(dtype).eps
+    size = (1 + beta * (abs(c) + abs(r)) + gamma) / (1 - 2 * epsilon)
+    scales = (size, size * beta, size * beta)
+    if name in QUADRATIC:
+        root = abs(c) + abs(r) + 1 / beta
+        size, scales = 1, (root**2, 2 * root, 2 * root)
+    return [unit * (scale + size * abs(x)) for scale, x in zip(scales, truth, strict=True)]
 
 
 def rounding_bounds(

@@ -6,8 +6,11 @@ import math
 import pytest
 import torch
 from trainer_tiny import (
+    EPS,
+    logps_budgets,
     record,
     save_tiny,
+    sides,
     tiny_llama,
     tiny_model,
     tiny_split,
@@ -21,7 +24,6 @@ from trainer.evaluate import main
 from trainer.evaluation.generate import Sampling, generate
 from trainer.evaluation.prompts import read_prompts
 from trainer.evaluation.score import draw_pairs, kl_estimate, score
-from trainer.pairs import IGNORE
 from trainer.samples import first_prompts, sample
 
 SCORE = {
@@ -46,18 +48,9 @@ def folders(tmp_path_factory):
 
 
 def own_logps(folder, pairs):
-    """Response log-probs from the model's logits, one sequence at a time."""
+    """Response log-probs (B, 2) from the model's logits, in float64, and their budgets."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    sums = []
-    for sequence in (s for pair in pairs for s in (pair.chosen, pair.rejected)):
-        with torch.no_grad():
-            logps = (
-                model(input_ids=torch.tensor(sequence.ids)[None].long()).logits[0].log_softmax(-1)
-            )
-        labels = torch.tensor(sequence.labels).long()
-        kept = labels != IGNORE
-        sums.append(logps[kept].gather(1, labels[kept, None]).sum())
-    return torch.stack(sums).view(-1, 2)
+    return (x.view(2, -1).T for x in logps_budgets(model, sides(pairs)))
 
 
 def test_score_matches_the_models_own_logits(tmp_path, folders, capsys):
@@ -65,24 +58,30 @@ def test_score_matches_the_models_own_logits(tmp_path, folders, capsys):
     file = write_jsonl(tmp_path / "pairs.jsonl", [record(k) for k in range(7)])
     result = score([file], {"same": reference, "other": policy}, reference, str(tmp_path), **SCORE)
     pairs = tiny_split(7).pairs
-    logps, ref = own_logps(policy, pairs), own_logps(reference, pairs)
+    (logps, off), (ref, ref_off) = own_logps(policy, pairs), own_logps(reference, pairs)
     rewards = 0.5 * (logps - ref)
     expected = {
-        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).float().mean(),
-        "rewards/margins": (rewards[:, 0] - rewards[:, 1]).mean(),
-        "logps/chosen": logps[:, 0].mean(),
-        "logps/rejected": logps[:, 1].mean(),
-        "ref_logps/chosen": ref[:, 0].mean(),
+        "rewards/accuracies": (
+            (rewards[:, 0] > rewards[:, 1]).double().mean(),
+            torch.tensor(7 * EPS),
+        ),
+        "rewards/margins": (
+            (rewards[:, 0] - rewards[:, 1]).mean(),
+            0.5 * (off + ref_off).sum(1).mean(),
+        ),
+        "logps/chosen": (logps[:, 0].mean(), off[:, 0].mean()),
+        "logps/rejected": (logps[:, 1].mean(), off[:, 1].mean()),
+        "ref_logps/chosen": (ref[:, 0].mean(), ref_off[:, 0].mean()),
     }
-    for key, value in expected.items():
-        assert result["other"][key] == pytest.approx(value.item(), rel=1e-4), key
+    for key, (value, budget) in expected.items():
+        assert result["other"][key] == pytest.approx(value.item(), abs=budget.item()), key
     assert result["other"]["kl"] != 0 and result["other"]["kl_standard_error"] > 0
     same = result["same"]  # the reference itself: no reward, ties, no divergence
     assert (same["rewards/accuracies"], same["rewards/margins"], same["kl"]) == (0.5, 0, 0)
     assert json.loads((tmp_path / "scores.json").read_text()) == result
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").open()]
     assert len(lines) == 14 and lines[-1]["pair"].endswith("pairs.jsonl:7")
-    assert lines[-1]["logps"] == pytest.approx(logps[-1].tolist(), rel=1e-4)
+    assert ((torch.tensor(lines[-1]["logps"]).double() - logps[-1]).abs() <= off[-1]).all()
 
 
 def test_kl_is_that_of_the_models(folders):

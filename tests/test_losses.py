@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_within_roundings, examples
+from support import QUADRATIC, ROUNDINGS, assert_within_roundings, examples, loss_limits
 
 from rpo_kernels import oracle
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS, sft_weight, total_terms
@@ -18,10 +18,9 @@ LN2 = math.log(2)
 MEANS = {"ipo", "simpo", "orpo"}
 REFERENCE_FREE = {"simpo", "orpo", "cpo"}
 SMOOTHED = {"sigmoid", "robust", "exo_pair", "simpo", "cpo"}
-QUADRATIC = {"ipo", "sppo_hard"}
 EPS64 = torch.finfo(torch.float64).eps
+BOTH = 2 * ROUNDINGS  # of a loss and of its oracle
 ORPO_SERIES = 0.05**6 / math.factorial(7)  # the first term left out, where it is the largest
-ROUNDINGS = 8  # operations between an argument and a value or slope, of the formula or its oracle
 
 
 def epsilons(name: str) -> list[float]:
@@ -62,19 +61,11 @@ def test_value_and_slopes_are_those_of_the_oracle(name):
             return  # the kink: any slope between is one
         found = [x.item() for x in LOSSES[name].pair(*inputs, beta, epsilon, gamma)]
         truth = value_and_slopes(name, c, r, beta, epsilon, gamma)
-        # every intermediate is rounded; the largest sets by how much. An exponential turns that
-        # absolute error of its argument into a relative one of its value.
-        size = 1 + beta * (abs(c) + abs(r)) + gamma
-        if name in QUADRATIC:
-            size = (abs(c) + abs(r) + 1 / beta) ** 2
-        size /= 1 - 2 * epsilon
-        for out, want, scale in zip(found, truth, (size, size * beta, size * beta), strict=True):
-            if name in QUADRATIC:
-                scale = size
-            limit = ROUNDINGS * EPS64 * (scale + size * abs(want))
+        limits = loss_limits(name, c, r, beta, epsilon, gamma, truth, torch.float64, BOTH)
+        for out, want, limit in zip(found, truth, limits, strict=True):
             if name == "orpo" and max(c, r) > -0.05:
-                limit += ORPO_SERIES * (scale + abs(want))
-            assert abs(out - want) <= limit, (found, truth, limit)
+                limit += ORPO_SERIES * (1 + beta * (abs(c) + abs(r)) + abs(want))
+            assert abs(out - want) <= limit, (found, truth, limits)
 
     check()
 
@@ -126,16 +117,16 @@ def test_closed_values_at_zero_margin(name):
     zero = torch.zeros(1, dtype=torch.float64)
     epsilon = EPS if name in SMOOTHED else 0.0
     value, _, _ = LOSSES[name].pair(zero, zero, BETA, epsilon, GAMMA)
-    assert value.item() == pytest.approx(AT_ZERO[name], rel=ROUNDINGS * EPS64)
+    assert value.item() == pytest.approx(AT_ZERO[name], rel=BOTH * EPS64)
 
 
 @pytest.mark.parametrize("logp", [-1e-5, -0.04, -0.05, -0.06, -0.7, -30.0])
 def test_orpo_of_equal_responses_is_beta_ln2(logp):
     same = torch.tensor([logp], dtype=torch.float64)
     value, d_c, d_r = LOSSES["orpo"].pair(same, same, BETA, 0.0, 0.0)
-    assert value.item() == pytest.approx(BETA * LN2, rel=ROUNDINGS * EPS64)
+    assert value.item() == pytest.approx(BETA * LN2, rel=BOTH * EPS64)
     # d/dc of log odds is 1 / (1 - p), halved by sigmoid(0)
-    error = ROUNDINGS * EPS64 + ORPO_SERIES
+    error = BOTH * EPS64 + ORPO_SERIES
     assert d_r.item() == pytest.approx(0.5 * BETA / -math.expm1(logp), rel=error)
     assert d_c.item() == -d_r.item()
 
@@ -144,7 +135,7 @@ def test_dpo_slope_is_the_published_gradient():
     """Rafailov et al. 2023, section 4: grad log pi(y_w) weighs -beta sigmoid(r_l - r_w)."""
     c, r = torch.tensor([2.0]).double(), torch.tensor([-1.0]).double()
     _, d_c, d_r = LOSSES["sigmoid"].pair(c, r, 0.5, 0.0, 0.0)
-    assert d_c.item() == pytest.approx(-0.5 / (1 + math.exp(1.5)), rel=ROUNDINGS * EPS64)
+    assert d_c.item() == pytest.approx(-0.5 / (1 + math.exp(1.5)), rel=BOTH * EPS64)
     assert d_r.item() == -d_c.item()
 
 

@@ -11,10 +11,11 @@ from rpo_kernels import fused_rpo_loss
 from rpo_kernels.losses import LOSSES
 from trainer.config import InputError, RunConfig
 from trainer.data import BadRows
+from trainer.files import read_file
 from trainer.loading import locate_model
 from trainer.model import loss_options
 from trainer.recipe import parse_config
-from trainer.sources import check_rows, read_file
+from trainer.sources import check_rows
 
 
 def fields(values, _):
@@ -238,7 +239,7 @@ BAD = [
     (fields, {"dtype": "bf16"}, "got 'bf16'; did you mean bfloat16?"),
     (fields, {"beta": 1e39}, "beta: expected a finite number > 0 in float32, got 1e+39"),
     (fields, {"eta": 1e39}, "eta: expected a finite number >= 0 in float32"),
-    (fields, {"logit_scale": 1e39}, "logit_scale: expected null or a number > 0 in float32"),
+    (fields, {"logit_scale": 1e39}, "logit_scale: expected a finite number > 0 in float32"),
     (fields, {"max_workspace_mb": 1e15}, "max_workspace_mb: expected None or a number of MiB > 0"),
     (fields, {"reference": "none"}, "reference: sigmoid compares with a reference model, got none"),
     (fields, {"loss_type": "simpo"}, "reference: expected none, as simpo is reference-free"),
@@ -272,10 +273,14 @@ BAD = [
     ),
     # Data files.
     (data_file, ("none.jsonl", None), "no such file"),
-    (data_file, ("rows.txt", b"a,b\n"), "expected a .jsonl, .parquet or .csv file, got .txt"),
+    (
+        data_file,
+        ("rows.txt", b"a,b\n"),
+        "expected a .jsonl, .json, .csv or .parquet file (all but the last",
+    ),
     (data_file, ("rows.csv", b"\xff\n"), "not a readable CSV file"),
     (data_file, ("rows.parquet", b"no parquet"), "not a readable Parquet file"),
-    (data_file, ("rows.json", b'\n[{"prompt": "a"}]\n'), "rows.json: expected one JSON object a l"),
+    (data_file, ("rows.json", b'\n[{"prompt": "a"}]\n'), "rows.json:2: missing field: chosen"),
     (data_file, ("rows.jsonl", b"[\n{}\n]\n"), "one a line, as jq -c '.[]' does"),
     (data_file, ("empty.jsonl", b"\n"), "no usable preference pair"),
     # Rows.
@@ -321,7 +326,7 @@ BAD = [
     (
         row,
         {"chosen": "yes", "rejected": "no"},
-        "no common prompt: without prompt, both must begin with",
+        "no prompt: the row has chosen, rejected; name the column that holds it",
     ),
     (
         row,

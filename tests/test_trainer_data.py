@@ -10,14 +10,16 @@ import pytest
 from tokenizers import processors
 from trainer_tiny import ANSWER, CHATML, GOOD, TALK, USER, chat, record, tiny_tokenizer, write_jsonl
 
+from trainer.columns import Columns
 from trainer.config import InputError, RunConfig
 from trainer.data import BadRows, check_record
 from trainer.encoding import encode_rows, use_chat_template
 from trainer.evaluation.generate import prompt_ids
 from trainer.evaluation.prompts import Prompt
+from trainer.files import read_file
 from trainer.pairs import IGNORE
 from trainer.recipe import parse_config
-from trainer.sources import check_rows, hold_out, read_file, read_splits, weigh
+from trainer.sources import check_rows, hold_out, read_splits, weigh
 from trainer.truncation import Limits
 
 
@@ -71,9 +73,10 @@ def test_what_both_responses_begin_with_is_the_prompt(chosen, rejected, size, re
 
 def test_an_implicit_prompt_of_strings_ends_at_white_space():
     texts = {"chosen": "Human: 2+2? Assistant: 40", "rejected": "Human: 2+2? Assistant: 41 no"}
-    row = check_record(texts, "f:1")
+    columns = Columns(implicit=True)
+    row = check_record(texts, "f:1", columns)
     assert (row.prompt, row.chosen) == ("Human: 2+2? Assistant:", " 40")
-    row = check_record({"chosen": "a b", "rejected": "a b c"}, "f:1")
+    row = check_record({"chosen": "a b", "rejected": "a b c"}, "f:1", columns)
     assert (row.prompt, row.chosen, row.rejected) == ("a", " b", " b c")
 
 

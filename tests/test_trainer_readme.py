@@ -24,3 +24,9 @@ def test_the_way_of_a_batch_leads_through_what_exists(module, name):
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))
 def test_links_lead_to_files(target):
     assert (FOLDER / target).exists()
+
+
+def test_the_lora_commands_are_marked_for_ci():
+    found = re.search(r"<!-- command: lora -->\n```bash\n(.*?)```", README, re.DOTALL)
+    assert "--use_peft true" in found[1] and "python -m trainer.merge outputs/lora" in found[1]
+    assert found[1].strip().endswith("--output_dir outputs/lora-scores")

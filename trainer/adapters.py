@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,6 +22,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from trainer.config import InputError, RunConfig
+
+ADAPTER_FILE = "adapter_config.json"
 
 
 def quantization(config: RunConfig) -> BitsAndBytesConfig | None:
@@ -46,16 +49,21 @@ def quantization(config: RunConfig) -> BitsAndBytesConfig | None:
 
 
 def refuse_adapter_folder(source: str) -> None:
-    """Refuse a folder that holds an adapter, which loading would merge into nothing.
+    """Refuse a folder that holds an adapter, which loading would put into a model unseen.
 
     Raises:
         InputError: `source` holds a peft adapter instead of a model.
     """
-    if (Path(source) / "adapter_config.json").is_file():
-        raise InputError(
-            f"model_name_or_path: {source} holds a peft adapter; expected a whole model, which "
-            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload() makes of it"
-        )
+    if (Path(source) / ADAPTER_FILE).is_file():
+        refuse_adapter(source)
+
+
+def refuse_adapter(source: str) -> NoReturn:
+    """Say how to make a whole model of the adapter in `source`."""
+    raise InputError(
+        f"model_name_or_path: {source} holds a peft adapter; expected a whole model, which "
+        f"python -m trainer.merge {source} --output_dir merged makes of it"
+    )
 
 
 def add_adapters(model: PreTrainedModel, config: RunConfig) -> PeftModel:
@@ -77,7 +85,6 @@ def add_adapters(model: PreTrainedModel, config: RunConfig) -> PeftModel:
     if targets != ["all-linear"]:
         _check_names("lora_target_modules", targets, model)
     _check_names("lora_modules_to_save", config.lora_modules_to_save, model)
-    tied = model.config.get_text_config().tie_word_embeddings
     try:
         adapted = get_peft_model(model, lora)
     except ValueError as error:
@@ -87,13 +94,33 @@ def add_adapters(model: PreTrainedModel, config: RunConfig) -> PeftModel:
             "lora_target_modules: an adapter on lm_head would not reach the fused loss; leave it "
             "out, or train a copy of an untied one by lora_modules_to_save"
         )
+    refuse_tied_adapters(adapted)
+    adapted.active_peft_config.base_model_name_or_path = _base_path(config)
+    return adapted
+
+
+def refuse_tied_adapters(adapted: PeftModel) -> None:
+    """Refuse adapters that would make two weights of one.
+
+    Raises:
+        InputError: the input embedding or lm_head is adapted, and they are tied.
+    """
+    model = adapted.get_base_model()
+    tied = model.config.get_text_config().tie_word_embeddings
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if tied and isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper):
             raise InputError(
                 "lora_target_modules, lora_modules_to_save: this model's lm_head and input "
                 "embedding are one weight, so neither can be adapted without the other"
             )
-    return adapted
+
+
+def _base_path(config: RunConfig) -> str:
+    """Where the adapters' base is, as `trainer.merge` takes it from wherever it is run."""
+    name = config.model_name_or_path
+    folder = Path(name).expanduser()
+    name = str(folder.resolve()) if folder.is_dir() else name
+    return name if config.gguf_file is None else f"{name}/{config.gguf_file}"
 
 
 def _check_names(field: str, names: Iterable[str], model: nn.Module) -> None:
@@ -112,10 +139,12 @@ def _check_names(field: str, names: Iterable[str], model: nn.Module) -> None:
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Let `model`, prepared or not, with adapters or not, run on its frozen weights alone."""
     adapted = next((m for m in model.modules() if isinstance(m, PeftModel)), None)
-    training = model.training
+    training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval()
     try:
         with contextlib.nullcontext() if adapted is None else adapted.disable_adapter():
+            for parameter in trained:  # peft freezes them; FSDP2 looks once, at its first forward
+                parameter.requires_grad_(True)
             yield
     finally:
         model.train(training)

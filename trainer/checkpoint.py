@@ -51,8 +51,8 @@ FREE = frozenset(
     (
         "train_file", "eval_file", "on_bad_row", "per_device_train_batch_size",
         "per_device_eval_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch",
-        "ref_cache_dir", "cpu_threads", "sample_prompts", "max_new_tokens", "output_dir",
-        "overwrite_output_dir", "report_to", "save_steps", "save_total_limit",
+        "ref_cache_dir", "cpu_threads", "ddp_timeout", "sample_prompts", "max_new_tokens",
+        "output_dir", "overwrite_output_dir", "report_to", "save_steps", "save_total_limit",
         "resume_from_checkpoint", "push_to_hub", "hub_model_id",
     )
 )  # fmt: skip
@@ -236,8 +236,9 @@ def _weights(training: Training) -> dict[str, object]:
 
 
 def _fields(config: RunConfig) -> dict[str, object]:
-    """The fields that may not differ, as JSON gives them back."""
+    """The fields that may not differ, as JSON gives them back; a day that is not given may."""
     values = dataclasses.asdict(config)
+    values = {k: v for k, v in values.items() if k != "date" or v is not None}
     return json.loads(json.dumps({k: v for k, v in values.items() if k not in FREE}))
 
 

@@ -40,9 +40,10 @@ class RunConfig:
     """Softcap of lm_head's output, for an architecture that the trainer does not know."""
 
     train_file: tuple[str, ...] = ()
-    """JSONL, Parquet or CSV files of training pairs, from the working folder or the repository."""
+    """JSONL, JSON, CSV or Parquet files of training pairs, globs, or folders of such files, from
+    the working folder or the repository; all but Parquet may be gzipped."""
     eval_file: tuple[str, ...] = ()
-    """JSONL, Parquet or CSV files of held-out pairs."""
+    """Files of held-out pairs, likewise."""
     dataset_name: tuple[str, ...] = ()
     """Hub data sets of training pairs, or folders laid out like one; added to `train_file`."""
     dataset_config: str | None = None
@@ -51,6 +52,16 @@ class RunConfig:
     """Split of the data sets to train on."""
     dataset_test_split: str | None = None
     """Split of the data sets to evaluate on; added to `eval_file`."""
+    prompt_column: tuple[str, ...] = ("prompt",)
+    """Columns that hold the prompt, joined line by line where there are several, as instruction and
+    input; `a.b` and `a.0` reach into column a."""
+    chosen_column: str = "chosen"
+    """Column that holds the preferred response."""
+    rejected_column: str = "rejected"
+    """Column that holds the other response."""
+    implicit_prompt: bool = False
+    """Whether two strings without a prompt are cut after the words that both begin with; two
+    message lists always are, after their common messages."""
     train_weights: tuple[float, ...] = ()
     """How often an epoch takes each source's rows, files before data sets: 0.25 is a quarter of
     them, 2 every row twice; none means all once."""
@@ -66,6 +77,12 @@ class RunConfig:
     """Which end of a cut prompt remains; `drop` leaves pairs over a limit out and counts them."""
     chat_template_path: str | None = None
     """Jinja file that stands in for the tokenizer's chat template, and is saved with the model."""
+    chat_template_kwargs: dict[str, object] | None = None
+    """Variables that the chat template reads, as {enable_thinking: false}; JSON on the command
+    line."""
+    date: str | None = None
+    """Day, as 2026-11-26, that a chat template is told which asks for it; null is the day on which
+    the run starts, and stays it when the run is resumed."""
 
     loss_type: str = "sigmoid"
     """Preference term, any of `rpo_kernels.losses.LOSSES`."""
@@ -160,7 +177,9 @@ class RunConfig:
     max_workspace_mb: float | None = None
     """Bound on the fused head's temporary memory in MiB; null is the package's default."""
     cpu_threads: int = 0
-    """Threads per process on a CPU; 0 shares all cores (`accelerate launch` would use one)."""
+    """CPU threads per process; 0 shares all cores (`accelerate launch` would use one)."""
+    ddp_timeout: int = 1800
+    """Seconds that a process waits for the others, also while the main one saves and uploads."""
 
     logging_steps: int = 1
     """Steps between two rows of `metrics.jsonl`, which are means over these steps."""

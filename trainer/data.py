@@ -1,16 +1,17 @@
 """Preference rows, checked one by one before any model is loaded.
 
-A row holds `prompt`, `chosen` and `rejected`, either all strings or all lists of chat messages
-{role, content}:
+A row holds `prompt`, `chosen` and `rejected`, or columns that stand for them (`Columns`), either
+all strings or all lists of chat messages {role, content}:
 
     {"prompt": [{"role": "user", "content": "2 + 2?"}],
      "chosen": [{"role": "assistant", "content": "4."}],
      "rejected": [{"role": "assistant", "content": "5."}]}
 
-The prompt may also be implicit: what chosen and rejected begin with. Responses may span several
-turns (assistant, user or tool, assistant, ...). `tools` holds what the chat template is told of
-tools. Other fields are ignored. A row that cannot be used is reported with its place; `on_bad_row`
-says whether that stops the run.
+The prompt may also be implicit: the messages that chosen and rejected begin with or, if asked for,
+their common words. A message may be written {from, value}, and alone instead of in a list.
+Responses may span several turns (assistant, user or tool, assistant, ...). `tools` holds what the
+chat template is told of tools. Other fields are ignored. A row that cannot be used is reported with
+its place; `on_bad_row` says whether that stops the run.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ import os.path
 from collections import Counter
 from dataclasses import dataclass, field
 
+from trainer.columns import Columns, pick
 from trainer.config import InputError
 
 RESPONSES = ("chosen", "rejected")
-FIELDS = ("prompt", *RESPONSES, "tools")
 ROLES = ("system", "user", "assistant", "tool")
-MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thought
+SPEAKERS = {  # ShareGPT's names of roles
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
 SHOWN = 5  # bad rows spelled out in an error; the rest are counted
 
 Message = dict[str, object]
@@ -38,6 +44,10 @@ class BadRow(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+
+
+class NoCommonPrompt(Exception):
+    """Responses that begin with nothing in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +95,8 @@ class BadRows:
         if kept == 0:
             reasons = self.reasons + (dropped or Counter())
             why = f" ({dict(reasons)})" if reasons else ""
-            raise InputError(f"no usable preference pair in the {self.of}{why}")
+            first = f"; the first: {self.problems[0]}" if self.problems else ""
+            raise InputError(f"no usable preference pair in the {self.of}{why}{first}")
 
 
 def parse_json(text: bytes | str) -> object:
@@ -104,13 +115,14 @@ def parse_json(text: bytes | str) -> object:
     return value
 
 
-def check_record(record: bytes | dict, source: str) -> Row:
+def check_record(record: bytes | dict, source: str, columns: Columns | None = None) -> Row:
     """Turn one line of JSON, or one record, into a `Row`.
 
     Raises:
         BadRow: not JSON, a field missing or of the wrong form, no common prompt, turns out of
             order, an empty response, or chosen equal to rejected.
     """
+    columns = columns or Columns()
     if isinstance(record, bytes):
         try:
             record = parse_json(record)
@@ -118,29 +130,72 @@ def check_record(record: bytes | dict, source: str) -> Row:
             raise BadRow("not valid JSON", str(error)) from None
     if not isinstance(record, dict):
         raise BadRow("not a JSON object", f"got {type(record).__name__}")
-    missing = [name for name in RESPONSES if record.get(name) is None]
+    given = {name: pick(record, getattr(columns, name)) for name in RESPONSES}
+    missing = [name for name in RESPONSES if given[name] is None]
     if missing:
-        raise BadRow(
-            "missing field",
-            f"{', '.join(missing)} (the row has {', '.join(map(str, record)) or 'no field'})",
-        )
-    chosen, rejected = (_check_text(name, record[name]) for name in RESPONSES)
+        names = ", ".join(getattr(columns, name) for name in missing)
+        other = " and ".join(f"--{name}_column" for name in missing)
+        raise BadRow("missing field", f"{names} ({_has(record)}); name another column by {other}")
+    chosen, rejected = (_check_text(name, given[name]) for name in RESPONSES)
     if chosen == rejected:
         raise BadRow("chosen equals rejected", "")
-    prompt = record.get("prompt")
-    prompt = None if prompt is None else _check_text("prompt", prompt)
-    prompt, chosen, rejected = _split_prompt(prompt, chosen, rejected)
+    prompt = _read_prompt(record, columns)
+    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+        if not columns.implicit:
+            raise BadRow(
+                "no prompt",
+                f"{_has(record)}; name the column that holds it, as {columns.remedy(record)}, or "
+                "give --implicit_prompt true where both responses begin with it",
+            )
+    implicit = prompt is None
+    try:
+        prompt, chosen, rejected = _split_prompt(prompt, chosen, rejected)
+    except NoCommonPrompt as problem:
+        detail = f"{problem} ({_has(record)}; or name its column, as {columns.remedy(record)})"
+        raise BadRow("no common prompt", detail) from None
     if isinstance(prompt, list):
+        if implicit and "NAME" not in columns.remedy(record) and not _asks(prompt):
+            detail = f"nobody asks in the messages, and {_has(record)}"
+            raise BadRow("no prompt", f"{detail}; name its column, as {columns.remedy(record)}")
         _check_turns(prompt, chosen, rejected)
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         _check_not_empty(name, text)
     return Row(prompt, chosen, rejected, source, _check_tools(record.get("tools"), prompt))
 
 
+def _asks(prompt: list[Message]) -> bool:
+    return any(message["role"] in ("user", "tool") for message in prompt)
+
+
+def _has(record: dict) -> str:
+    return f"the row has {', '.join(map(str, record)) or 'no field'}"
+
+
+def _read_prompt(record: dict, columns: Columns) -> Text | None:
+    """The prompt of one column or of several; None where the default one is missing."""
+    given = {name: pick(record, name) for name in columns.prompt}
+    texts = [_check_text(name, value) for name, value in given.items() if value is not None]
+    if len(columns.prompt) > 1:
+        texts = [text for text in texts if text]
+    if not texts:
+        if columns.prompt == Columns.prompt or columns.implicit:
+            return None
+        names = ", ".join(columns.prompt)
+        raise BadRow("missing field", f"{names} ({_has(record)}); correct --prompt_column")
+    *first, last = texts
+    if not all(isinstance(text, str) for text in first):
+        raise BadRow("mixed forms", f"expected strings before the last of {', '.join(given)}")
+    if isinstance(last, str):
+        return "\n".join(texts)
+    return [{"role": "system", "content": "\n".join(first)}, *last] if first else last
+
+
 def _check_text(name: str, text: object) -> Text:
     """A string as it is, or a message list reduced to the fields that templates know."""
     if isinstance(text, str):
         return text
+    if isinstance(text, dict):
+        text = [text]
     if not isinstance(text, list):
         raise BadRow(
             "wrong type",
@@ -151,6 +206,9 @@ def _check_text(name: str, text: object) -> Text:
 
 def _check_message(place: str, message: object) -> Message:
     known = message if isinstance(message, dict) else {}
+    if "from" in known and known.get("role") is None:
+        speaker = str(known["from"])
+        known = known | {"role": SPEAKERS.get(speaker, speaker), "content": known.get("value")}
     calls = known.get("tool_calls")
     content = known.get("content")
     speaks = isinstance(content, str) or (content is None and calls)
@@ -158,10 +216,21 @@ def _check_message(place: str, message: object) -> Message:
         raise BadRow(
             "bad message",
             f"{place}: expected role in {', '.join(ROLES)} and a string content "
-            f"(or a list of tool_calls), got {message!r:.80}",
+            f"(or a list of tool_calls; or from and value), got {message!r:.80}",
         )
     kept = {k: known[k] for k in MESSAGE_FIELDS if known.get(k)} | {"content": content or ""}
+    kept |= _check_thought(place, known)
     return kept if not calls else kept | {"tool_calls": _without_nulls(calls)}
+
+
+def _check_thought(place: str, message: Message) -> Message:
+    """A message's thought under every name by which a template may read it."""
+    given = {name: message[name] for name in REASONING if message.get(name)}
+    if not given:
+        return {}
+    if len({*map(str, given.values())}) > 1 or not all(isinstance(t, str) for t in given.values()):
+        raise BadRow("bad message", f"{place}: expected one string as {' or '.join(given)}")
+    return dict.fromkeys(REASONING, next(iter(given.values())))
 
 
 def _without_nulls(value: object) -> object:
@@ -209,7 +278,7 @@ def _split_prompt(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Te
             size -= 1
         size = len(chosen[:size].rstrip())  # white space belongs to the response
         if not size:
-            raise BadRow("no common prompt", "without prompt, both must begin with the same words")
+            raise NoCommonPrompt("without prompt, both must begin with the same words")
         return chosen[:size], chosen[size:], rejected[size:]
     size = 0
     while size < min(len(chosen), len(rejected)) and chosen[size] == rejected[size]:
@@ -220,7 +289,7 @@ def _split_prompt(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Te
     if repeated and not any(message["content"] == prompt for message in shared):
         raise _mixed_forms(forms)
     if not size:
-        raise BadRow("no common prompt", "without prompt, both must begin with the same messages")
+        raise NoCommonPrompt("without prompt, both must begin with the same messages")
     return shared, chosen[size:], rejected[size:]
 
 

@@ -9,6 +9,12 @@ processes is what runs on GPUs. ZeRO-3 is in `zero3`.
     root            embeddings, final norm, lm_head: gathered for the whole pass, so the fused head
                     sees its weight, tied or not
 
+With `dtype: bfloat16` a layer's matrices are gathered in bfloat16. Under autocast alone they would
+be gathered in float32, and autocast would keep its own cast copy of every one until backward: the
+whole model, unsharded. Norms, embeddings and lm_head stay as they are stored, so the residual
+stream, norms and the fused head compute what one process computes; a layer's gradients come out of
+autocast's matmuls in bfloat16 there, too. Sums over ranks are float32.
+
 Gradients are reduced to shards after each micro-batch, which costs communication and saves the
 memory of whole gradients; DDP reduces once a step. Both average over ranks, hence the factor in
 `loop.run_step`.
@@ -19,12 +25,22 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from datetime import timedelta
+from itertools import pairwise
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from trainer import zero3
@@ -67,6 +83,12 @@ def take_request(config: RunConfig) -> str | None:
             DeepSpeed.
     """
     asked = [k for k, v in REQUESTS.items() if os.environ.get(v, "").lower() in ("true", "1")]
+    if len(asked) > 1:
+        names = " and ".join(REQUESTS[how] for how in asked)
+        raise InputError(
+            f"expected one way to shard, got {' and '.join(asked)}: {names} are both set; unset "
+            "one, or give accelerate launch one of trainer/accelerate's files"
+        )
     for variable, setting, value in (row for how in ("always", *asked) for row in SETTINGS[how]):
         got = os.environ.get(variable, value).lower()
         if got != value:
@@ -77,8 +99,11 @@ def take_request(config: RunConfig) -> str | None:
     if not asked:
         return None
     [how] = asked
-    if config.use_peft:
-        raise InputError(f"use_peft: expected false with {how}; use trainer/accelerate/ddp.yaml")
+    if config.load_in_4bit:
+        raise InputError(
+            f"load_in_4bit: expected false with {how}, which would cut packed 4-bit weights and "
+            "their scales apart; use model_dtype bfloat16, or trainer/accelerate/ddp.yaml"
+        )
     if config.dtype == "float16":
         raise InputError(
             f"dtype: expected bfloat16 or float32 with {how}, as overflow on one rank is not told "
@@ -105,33 +130,83 @@ def take_request(config: RunConfig) -> str | None:
     return how
 
 
+def handlers(config: RunConfig) -> list[KwargsHandler]:
+    """What the process group and DDP are told by way of accelerate."""
+    return [
+        InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout)),
+        # DDP would order its buckets anew after its first backward, and with them its sums over
+        # ranks: a resumed run would begin with other roundings than the run that went on. It does
+        # not where it looks for unused parameters, which also may be there then.
+        DistributedDataParallelKwargs(find_unused_parameters=True),
+    ]
+
+
 def shard(model: PreferenceModel, accelerator: Accelerator) -> nn.Module:
     """Shard every parameter over all ranks, in place, each decoder layer as a unit.
 
+    Args:
+        model: the policy, adapters included; units go to the device one by one, so it may be
+            larger than that.
+        accelerator: gives the device, the number of ranks and the precision.
+
     Raises:
-        InputError: the model has adapters, or a parameter is left unsharded.
+        InputError: a parameter is left unsharded, or a unit trains weights of two types.
     """
-    if model.language_model is not model.model:
-        raise InputError(
-            "use_peft: expected false with FSDP, which was not tried with adapters; "
-            "use trainer/accelerate/ddp.yaml"
-        )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    units = model.language_model._no_split_modules or ()
-    for module in model.modules():
-        if type(module).__name__ in units:
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    half = accelerator.mixed_precision == "bf16"
+    stored, matrices = MixedPrecisionPolicy(), MixedPrecisionPolicy()
+    if half:  # inputs stay as autocast has them
+        sums = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
+        stored = MixedPrecisionPolicy(**sums)
+        matrices = MixedPrecisionPolicy(param_dtype=torch.bfloat16, **sums)
+    names = model.language_model._no_split_modules or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    for layer in layers:
+        for norm in _norms(layer) if half else ():
+            fully_shard(norm, mesh=mesh, mp_policy=stored)
+        fully_shard(layer, mesh=mesh, mp_policy=matrices)
+    fully_shard(model, mesh=mesh, mp_policy=stored)
+    for earlier, layer in pairwise(layers):  # by default it would be the unit before: a norm
+        layer.set_modules_to_backward_prefetch([earlier])
     register_fsdp_forward_method(model, "answer")  # gathers weights as forward does
     check_sharded(model)
     return accelerator.prepare_model(model, evaluation_mode=True)  # autocast, and no DDP
 
 
+def _norms(layer: nn.Module) -> list[nn.Module]:
+    """The innermost modules all of whose parameters are vectors."""
+    leaves = [module for module in layer.modules() if not any(module.children())]
+    return [m for m in leaves if {p.dim() for p in m.parameters()} == {1}]
+
+
 def check_sharded(model: nn.Module) -> None:
-    """Raise `InputError` for the first parameter that is whole on every rank."""
+    """Refuse what FSDP2 would not train as it should.
+
+    Raises:
+        InputError: naming a parameter that is whole on every rank, or two of different types that
+            are trained in one unit.
+    """
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             raise InputError(f"FSDP is asked for, but {name} is not sharded; use ddp.yaml")
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            trained = {p.dtype: name for name, p in _own(unit) if p.requires_grad}
+            if len(trained) > 1:
+                found = ", ".join(f"{name} of {dtype}" for dtype, name in trained.items())
+                raise InputError(
+                    f"model_dtype: expected float32 with FSDP, which sums one type in a layer, but "
+                    f"{type(unit).__name__} trains {found}; change it, or use ddp.yaml"
+                )
+
+
+def _own(unit: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and value of the parameters that are gathered with `unit`."""
+    for name, parameter in unit.named_parameters(path, recurse=False):
+        yield name, parameter
+    for name, child in unit.named_children():
+        if not isinstance(child, FSDPModule):
+            yield from _own(child, f"{path}.{name}".lstrip("."))
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
@@ -144,7 +219,10 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
         return zero3.whole_weights(model)
     if not isinstance(model, FSDPModule):
         return None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    adapters = model.language_model is not model.model  # saved without the frozen weights
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters, strict=False
+    )
     weights = get_model_state_dict(model.model, options=options)
     own = [*model.model.named_parameters(), *model.model.named_buffers()]  # tied ones once
     return {name: weights[name] for name, _ in own if name in weights}

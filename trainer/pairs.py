@@ -6,7 +6,7 @@ trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trainer.packing import Batch
 
 IGNORE = -100
+SHOWN = 5  # pairs that an error names; the rest are counted
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -42,11 +43,23 @@ class Pair:
     rejected: Sequence
     shared: int = 0
     """Tokens that both begin with and that are computed once (`packing.share_prefixes`)."""
+    source: str = ""
+    """Where it comes from, `file:line` or `dataset[split]:row`, for errors."""
 
     @property
     def tokens(self) -> int:
         """Tokens of both sequences, prompt included."""
         return len(self.chosen.ids) + len(self.rejected.ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer sequence."""
+        return max(len(self.chosen.ids), len(self.rejected.ids))
+
+    @property
+    def place(self) -> str:
+        """Where the pair comes from, as words to put into an error."""
+        return f" ({self.source})" if self.source else ""
 
     @property
     def packed_tokens(self) -> int:
@@ -62,3 +75,12 @@ class Split:
     report: dict[str, object] = field(default_factory=dict)
     reference: Callable[[Batch], Tensor] | None = None
     """Summed reference log-probs (2B,) in nats of a batch of pairs, chosen ones first."""
+    own_reference: bool = False
+    """Whether the reference is the policy as it is at the start."""
+
+
+def named_pairs(split: Split, indices: Iterable[int]) -> str:
+    """The pairs at `indices` by where they come from, the first few, for an error."""
+    names = [split.pairs[i].source or f"pair {i}" for i in indices]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

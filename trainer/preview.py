@@ -10,17 +10,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from rpo_kernels import plan as head_plan
-from rpo_kernels.api import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
+from rpo_kernels.strategy import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
 from trainer.adapters import add_adapters
-from trainer.config import InputError, RunConfig
-from trainer.loading import locate_model
+from trainer.config import RunConfig
+from trainer.loading import check_weights, locate_model, named, read_config
 from trainer.packing import Step
 from trainer.pairs import IGNORE, Sequence, Split
 from trainer.report import say
@@ -40,10 +39,17 @@ def show(
 
     Args:
         config: the run's.
-        source: folder or hub id of the model, whose config alone is read.
+        source: folder or hub id of the model, of which config and weights' names alone are read.
         tokenizer: decodes the samples.
         splits, plans: what would be trained on and evaluated, and in which steps.
+
+    Raises:
+        InputError: a model's folder does not hold what its config describes.
     """
+    check_weights(source, config)
+    if config.ref_model_name_or_path:
+        with named("ref_model_name_or_path"):
+            check_weights(*second_model(config))
     for number, pair in enumerate(splits["train"].pairs[:SAMPLES], 1):
         for side in ("chosen", "rejected"):
             text = marked(getattr(pair, side), tokenizer)
@@ -140,16 +146,13 @@ def memory_plan(config: RunConfig, source: str, split: Split, steps: list[Step])
     )
 
 
-def skeleton(source: str, config: RunConfig, field: str = "model_name_or_path") -> PreTrainedModel:
-    """The model that `field` names, of the right shapes and types, without numbers.
+def skeleton(source: str, config: RunConfig) -> PreTrainedModel:
+    """The model of the right shapes and types, without numbers.
 
     Raises:
         InputError: its config cannot be read.
     """
-    try:
-        settings = AutoConfig.from_pretrained(source, gguf_file=config.gguf_file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{field}: no config in {source}: {error}") from None
+    settings = read_config(source, config.gguf_file)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.model_dtype))
 
@@ -164,9 +167,14 @@ def second_model_bytes(config: RunConfig, source: str) -> float:
     """Bytes of the reference that runs beside the policy."""
     if config.ref_model_name_or_path is None:
         return weight_bytes(skeleton(source, config), config)
+    with named("ref_model_name_or_path"):
+        return weight_bytes(skeleton(*second_model(config)), config)
+
+
+def second_model(config: RunConfig) -> tuple[str, RunConfig]:
+    """Where `ref_model_name_or_path` is, and the config that loads it."""
     own = replace(config, model_name_or_path=config.ref_model_name_or_path, gguf_file=None)
-    model = skeleton(locate_model(own), own, "ref_model_name_or_path")
-    return weight_bytes(model, own)
+    return locate_model(own), own
 
 
 def state_bytes(parameter: torch.Tensor, optim: str) -> int:

@@ -22,7 +22,8 @@ from trainer.config import ROOT, InputError, RunConfig, field_docs, find_file
 DEFAULT_RECIPE = ROOT / "trainer" / "recipes" / "smollm2-cpu.yaml"
 DATA = (
     "train_file", "eval_file", "dataset_name", "dataset_config", "dataset_train_split",
-    "dataset_test_split", "train_weights", "eval_split_ratio", "sample_prompts",
+    "dataset_test_split", "prompt_column", "chosen_column", "rejected_column", "implicit_prompt",
+    "train_weights", "eval_split_ratio", "sample_prompts",
 )  # fmt: skip
 # Overriding the first on the command line drops what the recipe says of the old one.
 DESCRIBED_BY = {

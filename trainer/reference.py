@@ -23,16 +23,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trainer import adapters, ref_cache
 from trainer.config import InputError, RunConfig
 from trainer.fit import check_fit
 from trainer.head import KNOWN
-from trainer.loading import load_model, load_tokenizer, locate_model
+from trainer.loading import load_model, load_tokenizer, locate_model, named, read_config
 from trainer.model import PreferenceModel, check_model
 from trainer.packing import Batch, Step, first_visits, pack
-from trainer.pairs import Split
+from trainer.pairs import Split, named_pairs
 from trainer.report import progress, say
 
 Scorer = Callable[[Batch], Tensor]
@@ -76,7 +76,9 @@ class Reference:
             splits, plans: the data sets, and the plan of each.
         """
         score = scorer(policy if self.model is None else self.model, self.accelerator)
+        own = self.config.reference != "none" and not self.config.ref_model_name_or_path
         for name, split in splits.items():
+            split.own_reference = own
             if self.config.reference in ("online", "adapter"):
                 split.reference = score
             elif self.config.reference == "precomputed":
@@ -112,7 +114,7 @@ def _other_model(
     accelerator: Accelerator,
 ) -> PreferenceModel:
     """`ref_model_name_or_path`, checked as the policy is, and to mean the same by every token."""
-    try:
+    with named("ref_model_name_or_path"):
         own = _own_config(config, policy.language_model.config.model_type)
         _check_tokens(tokenizer, load_tokenizer(locate_model(own), None), splits)
         model = _second_model(own, policy, accelerator)
@@ -124,9 +126,6 @@ def _other_model(
             )
         check_fit(model.language_model, [p for split in splits.values() for p in split.pairs])
         check_model(model, splits["train"].pairs[0])
-    except InputError as error:
-        said = str(error).removeprefix("model_name_or_path: ")
-        raise InputError(f"ref_model_name_or_path: {said}") from None
     return model
 
 
@@ -134,10 +133,7 @@ def _own_config(config: RunConfig, policy_type: str) -> RunConfig:
     """What loads the other model; the logit fields tell of the policy's architecture only."""
     own = replace(config, model_name_or_path=config.ref_model_name_or_path, gguf_file=None)
     source = locate_model(own)
-    try:
-        own_type = AutoConfig.from_pretrained(source).model_type
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model config in {source}: {error}") from None
+    own_type = read_config(source).model_type
     if own_type == policy_type:
         return own
     if own_type not in KNOWN:
@@ -226,7 +222,11 @@ def fill(
         logps[start : start + len(batch.indices)] = score(batch).view(2, -1).T
         logps = accelerator.reduce(logps, "sum").cpu()
         if not logps.isfinite().all():
-            raise FloatingPointError(f"reference log-probs of pairs {indices} are not finite")
+            finite = logps.isfinite().all(1).tolist()
+            bad = [index for index, good in zip(indices, finite, strict=True) if not good]
+            raise FloatingPointError(
+                f"reference log-probs of pairs are not finite: {named_pairs(split, bad)}"
+            )
         table.write(indices, logps)
     accelerator.wait_for_everyone()
 

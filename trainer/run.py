@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 # Threads that wait must not spin: on shared cores they would take the time of those at work.
@@ -30,12 +31,14 @@ if __name__ == "__main__":
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer import card, checkpoint, distributed, preview, report, zero3
 from trainer.adapters import add_adapters
+from trainer.chat import ChatOptions
+from trainer.clock import today
 from trainer.config import InputError, RunConfig
 from trainer.encoding import encode_rows, use_chat_template
 from trainer.fit import check_answers, check_fit
@@ -43,7 +46,7 @@ from trainer.loading import check_layers, load_model, load_tokenizer, locate_mod
 from trainer.loop import Training, evaluate, evaluation_step, owes_evaluation, train
 from trainer.model import PreferenceModel, check_model, compile_layers, loss_options
 from trainer.optimizer import check_optimizer, make_optimizer, make_schedule
-from trainer.packing import Step, plan_training, regroup, share_prefixes
+from trainer.packing import Step, cost, plan_training, regroup, share_prefixes, spread
 from trainer.pairs import Split
 from trainer.recipe import parse_config
 from trainer.reference import Reference
@@ -67,6 +70,7 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     resumed = check(config)
     sharding = distributed.take_request(config)
     accelerator = start(config)
+    config = dated(config, resumed)
     options, source = loss_options(config), locate_model(config)
 
     tokenizer, splits = read_data(config, source)
@@ -80,7 +84,8 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     if "eval" in splits and config.sample_prompts:
         asked = first_prompts(splits["eval"].pairs, config.sample_prompts)
         check_answers(policy.language_model, asked, config.max_new_tokens)
-    check_model(policy.to(accelerator.device), splits["train"].pairs[0])
+    policy.to(check_device(config, sharding, accelerator))
+    check_model(policy, splits["train"].pairs[0])
     reference = Reference(config, policy, tokenizer, splits, accelerator)
     models = {"model_name_or_path": policy, "ref_model_name_or_path": reference.model}
     fingerprint = checkpoint.fingerprint(config, splits, plans["train"], models)
@@ -94,7 +99,8 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
 
     def evaluate_now() -> None:
         if "eval" in splits:
-            values = evaluate(model, splits["eval"], plans["eval"][0], accelerator)
+            split, steps = splits["eval"], plans["eval"]
+            values = evaluate(model, split, steps[0], accelerator, training.untrained)
             log.write({"step": training.step} | values)
             if config.sample_prompts:
                 answers = take_samples(model, tokenizer, splits["eval"], config, accelerator)
@@ -128,14 +134,25 @@ def check(config: RunConfig) -> Path | None:
     return resumed
 
 
+def dated(config: RunConfig, resumed: Path | None) -> RunConfig:
+    """The config with the run's day: as given, as the run began on, or today, on every rank."""
+    if config.date is not None:
+        return config
+    [date] = broadcast_object_list([today()])  # rank 0's: ranks may start around midnight
+    if resumed:
+        date = checkpoint.read_progress(resumed)["fingerprint"]["date"]
+    return replace(config, date=date)
+
+
 def read_data(config: RunConfig, source: str) -> tuple[PreTrainedTokenizerBase, dict[str, Split]]:
     """The tokenizer, and the training and held-out pairs as its tokens; prints their counts."""
     tokenizer = load_tokenizer(source, config.gguf_file)
     use_chat_template(tokenizer, config.chat_template_path)
+    options = ChatOptions(config.chat_template_kwargs or {}, config.date)
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
     splits = {}
     for name, (rows, bad) in read_splits(config).items():
-        splits[name] = encode_rows(rows, tokenizer, limits, bad)
+        splits[name] = encode_rows(rows, tokenizer, limits, bad, options)
         counts = splits[name].report.items()
         report.say(f"{name:<5} {', '.join(f'{key} {value}' for key, value in counts)}")
         if config.prefix_sharing:
@@ -153,6 +170,15 @@ def open_log(
     if accelerator.is_main_process:
         checkpoint.clear(log.folder, resuming=resumed is not None)
     return log
+
+
+def check_device(config: RunConfig, sharding: str | None, accelerator: Accelerator) -> torch.device:
+    """Where the whole policy is checked: it may be larger than a device that FSDP2 gives a part.
+
+    Liger's kernels do not run on CPUs, and DeepSpeed puts all of it on the device anyway.
+    """
+    on_cpu = sharding == "fsdp2" and not config.use_liger_kernel
+    return torch.device("cpu") if on_cpu else accelerator.device
 
 
 def prepare(
@@ -211,18 +237,27 @@ def plan(config: RunConfig, splits: dict[str, Split], ranks: int) -> dict[str, l
     if "eval" in splits:
         batch_size = config.per_device_eval_batch_size
         steps["eval"] = [evaluation_step(len(splits["eval"].pairs), batch_size, ranks)]
+    costs = {name: [cost(pair) for pair in split.pairs] for name, split in splits.items()}
     budget = config.max_tokens_per_batch
     if budget is None:
-        return steps
+        limits = {
+            "train": config.per_device_train_batch_size,
+            "eval": config.per_device_eval_batch_size,
+        }
+        return {
+            name: [spread(step, costs[name], limits[name]) for step in whole]
+            for name, whole in steps.items()
+        }
     tokens = {name: [pair.packed_tokens for pair in split.pairs] for name, split in splits.items()}
-    longest = max(max(counts) for counts in tokens.values())
-    if longest > budget:
+    pairs = [pair for split in splits.values() for pair in split.pairs]
+    longest = max(pairs, key=lambda pair: pair.packed_tokens)
+    if longest.packed_tokens > budget:
         raise InputError(
-            f"max_tokens_per_batch: expected at least {longest}, the tokens of the longest pair, "
-            f"got {budget}; raise it, or lower max_length"
+            f"max_tokens_per_batch: expected at least {longest.packed_tokens}, the tokens of the "
+            f"longest pair{longest.place}, got {budget}; raise it, or lower max_length"
         )
     return {
-        name: [regroup(step, tokens[name], budget, ranks) for step in whole]
+        name: [regroup(step, tokens[name], costs[name], budget, ranks) for step in whole]
         for name, whole in steps.items()
     }
 
@@ -248,6 +283,7 @@ def start(config: RunConfig) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
+        kwargs_handlers=distributed.handlers(config),
     )
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != asked:
@@ -260,9 +296,9 @@ def start(config: RunConfig) -> Accelerator:
         )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(config.cpu_threads or max(1, share))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config.cpu_threads or max(1, share))  # torchrun would have one
     set_seed(config.seed)
     return accelerator
 

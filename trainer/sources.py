@@ -9,22 +9,17 @@ order.
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
 
-from trainer.config import InputError, RunConfig, find_file
-from trainer.data import FIELDS, BadRow, BadRows, Row, check_record
-
-csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document; the default is 128 KiB
+from trainer.columns import Columns
+from trainer.config import InputError, RunConfig
+from trainer.data import BadRow, BadRows, Row, check_record
+from trainer.files import Records, columns_to_read, find_files, read_file
 
 HELD_OUT = "held-out data"  # what is said of the split `eval`
-
-Records = Iterator[tuple[int, bytes | dict]]  # line or row number, and what is there
 
 
 def read_splits(config: RunConfig) -> dict[str, tuple[list[Row], BadRows]]:
@@ -34,11 +29,11 @@ def read_splits(config: RunConfig) -> dict[str, tuple[list[Row], BadRows]]:
         InputError: a file or data set that cannot be read, no usable row, bad rows under the policy
             `error`, or a weight or share that leaves nothing.
     """
-    train, bad = _read(config, config.train_file, config.dataset_train_split, "training data")
+    train, bad = _read_split(config, config.train_file, config.dataset_train_split, "training data")
     splits = {}
     if config.eval_file or config.dataset_test_split:
         files, split = config.eval_file, config.dataset_test_split
-        held_out, eval_bad = _read(config, files, split, HELD_OUT)
+        held_out, eval_bad = _read_split(config, files, split, HELD_OUT)
         splits["eval"] = [row for rows in held_out for row in rows], eval_bad
     elif config.eval_split_ratio:
         train, held_out = hold_out(train, config.eval_split_ratio, config.seed)
@@ -51,87 +46,52 @@ def read_splits(config: RunConfig) -> dict[str, tuple[list[Row], BadRows]]:
     return {"train": ([row for rows in train for row in rows], bad)} | splits
 
 
-def _read(
+def _read_split(
     config: RunConfig, files: tuple[str, ...], split: str | None, of: str
 ) -> tuple[list[list[Row]], BadRows]:
     """The rows of every source of one split: files first, then data sets; `of` names them."""
-    bad = BadRows(config.on_bad_row, of=of)
-    sources = [check_rows(f"{name}:", read_file(name), bad) for name in files]
+    bad, columns = BadRows(config.on_bad_row, of=of), columns_of(config)
+    sources = [read_rows(name, bad, columns) for name in files]
     for name in config.dataset_name if split else ():
-        records = read_dataset(name, config.dataset_config, split)
-        sources.append(check_rows(f"{name}[{split}]:", records, bad))
+        records = read_dataset(name, config.dataset_config, split, columns)
+        sources.append(check_rows(f"{name}[{split}]:", records, bad, columns))
     bad.settle(sum(map(len, sources)))
     return sources, bad
 
 
-def check_rows(source: str, records: Records, bad: BadRows) -> list[Row]:
+def columns_of(config: RunConfig) -> Columns:
+    """Where the config says that prompt, chosen and rejected are."""
+    return Columns(
+        config.prompt_column, config.chosen_column, config.rejected_column, config.implicit_prompt
+    )
+
+
+def read_rows(name: str, bad: BadRows, columns: Columns | None = None) -> list[Row]:
+    """The usable rows of a file, of a folder's files, or of those that a glob matches."""
+    return [
+        row
+        for file in find_files(name)
+        for row in check_rows(f"{file}:", read_file(file, columns), bad, columns)
+    ]
+
+
+def check_rows(
+    source: str, records: Records, bad: BadRows, columns: Columns | None = None
+) -> list[Row]:
     """The usable rows of a source; `bad` receives the others, as `source` and their number."""
     rows = []
     for number, record in records:
         place = f"{source}{number}"
         try:
-            rows.append(check_record(record, place))
+            rows.append(check_record(record, place, columns))
         except BadRow as problem:
             bad.add(place, problem)
     return rows
 
 
-def read_file(name: str) -> Records:
-    """The records of a .jsonl (or .json, one object a line), .parquet or .csv file, from line 1.
-
-    Raises:
-        InputError: a missing or unreadable file, or an unknown file type.
-    """
-    path = find_file(name)
-    readers = {".jsonl": _jsonl, ".json": _jsonl, ".parquet": _parquet, ".csv": _csv}
-    if path.suffix not in readers:
-        raise InputError(
-            f"{name}: expected a .jsonl, .parquet or .csv file, got {path.suffix or 'no suffix'}"
-        )
-    return readers[path.suffix](path)
-
-
-def _jsonl(path: Path) -> Records:
-    with path.open("rb") as lines:
-        records = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-        for count, (number, line) in enumerate(records):
-            if count == 0 and line.lstrip().startswith(b"["):
-                raise InputError(
-                    f"{path}: expected one JSON object a line, got an array; write its elements "
-                    "one a line, as jq -c '.[]' does"
-                )
-            yield number, line
-
-
-def _parquet(path: Path) -> Records:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        file = pq.ParquetFile(path)
-        columns = [name for name in file.schema_arrow.names if name in FIELDS]
-        for batch in file.iter_batches(1024, columns=columns):
-            for record in batch.to_pylist():
-                yield (number := number + 1), record
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}") from None
-
-
-def _csv(path: Path) -> Records:
-    """Strings only; a record is known by the line on which it begins."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
-            begin = 1 + bool(reader.fieldnames) * reader.line_num
-            for record in reader:
-                yield begin, record
-                begin = reader.line_num + 1
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable CSV file: {error}") from None
-
-
-def read_dataset(name: str, config: str | None, split: str) -> Records:
+def read_dataset(
+    name: str, config: str | None, split: str, columns: Columns | None = None
+) -> Records:
     """The rows of a hub data set, or of a local folder laid out like one, from row 0.
 
     Raises:
@@ -147,8 +107,9 @@ def read_dataset(name: str, config: str | None, split: str) -> Records:
             f"dataset_name: cannot load {name!r} with dataset_config {config}, split {split!r}: "
             f"{error.__cause__ or error}"
         ) from None
-    data = data.select_columns([column for column in data.column_names if column in FIELDS])
-    return enumerate(data)
+    names = data.column_names
+    data = data.select_columns(columns_to_read(names, columns or Columns()))
+    return enumerate(dict.fromkeys(names) | record for record in data)
 
 
 def hold_out(

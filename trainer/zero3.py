@@ -29,6 +29,10 @@ def check_zero3(config: RunConfig) -> None:
     Raises:
         InputError: a field that would need another set-up.
     """
+    if config.use_peft:
+        raise InputError(
+            "use_peft: expected false with ZeRO-3; use trainer/accelerate/fsdp2.yaml or ddp.yaml"
+        )
     if config.model_dtype != "float32":
         raise InputError(
             f"model_dtype: expected float32 with ZeRO-3, got {config.model_dtype}; its parts are "

@@ -9,14 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trainer.chat import Chat, ChatOptions
+from trainer.clock import today
 from trainer.config import InputError, open_folder
+from trainer.data import BadRow
 from trainer.encoding import added_end
 from trainer.evaluation.models import Source, named_sources, open_model
 from trainer.evaluation.prompts import Prompt, read_prompts
@@ -59,6 +63,7 @@ def generate(
     models: dict[str, str],
     output_dir: str,
     sampling: Sampling,
+    chat: ChatOptions | None = None,
     **head: float | None,
 ) -> list[Path]:
     """Write `NAME.jsonl` with the answers of every model, in FastChat's format.
@@ -68,6 +73,8 @@ def generate(
         models: paths by name.
         output_dir: where the answer files go, and are continued.
         sampling: how answers are drawn.
+        chat: what chat templates are told beside the messages; without a day, that of the answers
+            that are there already, or today.
         head: `logit_scale`, `logit_softcap`, as in training, for an architecture that is not known.
 
     Returns:
@@ -77,29 +84,47 @@ def generate(
         InputError: unusable prompts or models, or answers in the folder that were drawn otherwise.
     """
     todo, sources = read_prompts(prompts), named_sources(models, head)
-    folder, paths = open_folder(output_dir), []
+    folder = open_folder(output_dir)
+    paths = {name: folder / f"{name}.jsonl" for name in sources}
+    chat = chat or ChatOptions()
+    chat = replace(chat, date=chat.date or _day_of(paths.values()) or today())
     for name, source in sources.items():
-        paths.append(folder / f"{name}.jsonl")
-        with JsonlLog(paths[-1]) as log:
-            answer_all(log, name, source, todo, sampling, prompts)
-    return paths
+        with JsonlLog(paths[name]) as log:
+            answer_all(log, name, source, todo, sampling, chat, prompts)
+    return list(paths.values())
 
 
-def settings(source: Source, prompts: list[Prompt], sampling: Sampling) -> str:
+def _day_of(paths: Iterable[Path]) -> str | None:
+    """The day on which the first answers were begun, so that a killed run goes on with it."""
+    for path in filter(Path.exists, paths):
+        with JsonlLog(path) as log:
+            if log.rows:
+                return log.rows[0].get("date")
+    return None
+
+
+def settings(source: Source, prompts: list[Prompt], sampling: Sampling, chat: ChatOptions) -> str:
     """A hash of everything that answers depend on."""
-    parts = [source.path, source.state(), [asdict(p) for p in prompts], asdict(sampling)]
+    parts = [source.path, source.state(), [asdict(p) for p in prompts], asdict(sampling),
+             asdict(chat)]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def answer_all(
-    log: JsonlLog, name: str, source: Source, prompts: list[Prompt], sampling: Sampling, file: str
+    log: JsonlLog,
+    name: str,
+    source: Source,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    chat: ChatOptions,
+    file: str,
 ) -> None:
     """Append the answers that the log lacks; the model is loaded only if there are any."""
-    digest = settings(source, prompts, sampling)
+    digest = settings(source, prompts, sampling, chat)
     if any(row.get("settings") != digest for row in log.rows):
         raise InputError(
-            f"{name}.jsonl: holds answers of another model, prompts or sampling; "
-            "remove it or choose another output_dir"
+            f"{name}.jsonl: holds answers of another model, prompts, sampling, date or "
+            "chat_template_kwargs; remove it or choose another output_dir"
         )
     done = {row["question_id"] for row in log.rows}
     size = sampling.batch_size
@@ -111,7 +136,7 @@ def answer_all(
     for start in tqdm(starts, f"generating {name}", dynamic_ncols=True):
         batch = prompts[start : start + size]
         torch.manual_seed(sampling.seed * 1_000_003 + start)
-        answers = answer(model, tokenizer, batch, sampling)
+        answers = answer(model, tokenizer, batch, sampling, chat)
         log.append(
             [
                 {
@@ -119,6 +144,7 @@ def answer_all(
                     "model_id": name,
                     "choices": [{"index": 0, "turns": turns}],
                     "settings": digest,
+                    "date": chat.date,
                 }
                 for prompt, turns in zip(batch, answers, strict=True)
                 if prompt.question not in done
@@ -131,15 +157,17 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     batch: list[Prompt],
     sampling: Sampling,
+    options: ChatOptions | None = None,
 ) -> list[list[str]]:
     """The answers to every turn of a batch of prompts, turn after turn."""
     answers: list[list[str]] = [[] for _ in batch]
+    chat = Chat(tokenizer, options or ChatOptions())
     for turn in range(1 + max(len(prompt.follow_ups) for prompt in batch)):
         active = [k for k, prompt in enumerate(batch) if turn <= len(prompt.follow_ups)]
         texts = sample(
             model,
             tokenizer,
-            [prompt_ids(tokenizer, batch[k], answers[k]) for k in active],
+            [prompt_ids(tokenizer, batch[k], answers[k], chat) for k in active],
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -149,16 +177,24 @@ def answer(
     return answers
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answers: list[str]) -> list[int]:
-    """Token ids that the next answer follows: text as it is, messages by the chat template."""
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    answers: list[str],
+    chat: Chat | None = None,
+) -> list[int]:
+    """Token ids that the next answer follows: text as it is, messages by the chat template.
+
+    `chat` is the tokenizer's, with options; None has none.
+
+    Raises:
+        InputError: messages without a chat template, or that it refuses.
+    """
+    chat = chat or Chat(tokenizer, ChatOptions())
     if isinstance(prompt.start, str):
         ids = tokenizer(prompt.start)["input_ids"]
         return ids[: len(ids) - added_end(tokenizer)]
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"question {prompt.question!r}: chat messages, but the model's tokenizer has no chat "
-            "template; give the prompt as a string"
-        )
-    return tokenizer.apply_chat_template(
-        prompt.messages(answers), add_generation_prompt=True, return_dict=False
-    )
+    try:
+        return chat.ids(chat.prompt(prompt.messages(answers)))
+    except BadRow as problem:
+        raise InputError(f"question {prompt.question!r}: {problem}") from None

@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trainer import merge
+from trainer.chat import ChatOptions
 from trainer.config import InputError, RunConfig
-from trainer.loading import load_model, load_tokenizer, locate_model
+from trainer.loading import named
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: a folder, hub id or `package:NAME`, each with `/FILE.gguf` or without."""
+    """Where a model or an adapter is: a folder, hub id or `package:NAME`, perhaps `/FILE.gguf`."""
 
     path: str
     logit_scale: float | None = None
@@ -24,34 +26,44 @@ class Source:
 
     def config(self, file: str) -> RunConfig:
         """The trainer's config for this model and a data file."""
-        folder, _, name = self.path.rpartition("/")
-        gguf = self.path.endswith(".gguf")
-        return RunConfig(
-            model_name_or_path=folder if gguf else self.path,
-            gguf_file=name if gguf else None,
-            train_file=(file,),
-            logit_scale=self.logit_scale,
-            logit_softcap=self.logit_softcap,
-        )
+        head = {"logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+        return merge.at(self.path, RunConfig(self.path, train_file=(file,), **head))
 
     def state(self) -> list[tuple[str, int, int]]:
-        """Names, sizes and times of a folder's files: they change when it is trained again."""
-        folder = Path(self.path)
+        """Names, sizes and times of a folder's files: they change when it is trained again.
+
+        Those of an adapter's base are among them.
+        """
+        config = self.config("none")
+        folder = Path(config.model_name_or_path).expanduser()
         files = sorted(folder.iterdir()) if folder.is_dir() else []
-        return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        if merge.adapter_folder(config):
+            base = merge.base_of(folder, config)
+            state += Source(base.model_name_or_path).state()
+        return state
 
 
 def open_model(source: Source, file: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model, on the GPU where there is one, and its tokenizer.
+    """Load a model, on the GPU where there is one, and its tokenizer; an adapter is merged.
 
     Raises:
         InputError: it is not there, or cannot be loaded.
     """
-    config = source.config(file)
-    place = locate_model(config)
-    tokenizer = load_tokenizer(place, config.gguf_file)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(place, config).to(device).eval(), tokenizer
+    with named(f"models: {source.path}"):
+        model, tokenizer = merge.load_whole(source.config(file))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def chat_options(kwargs: str | None, date: str | None) -> ChatOptions:
+    """What chat templates are told, from the command line's words.
+
+    Raises:
+        InputError: `kwargs` is no mapping in JSON, or `date` no day.
+    """
+    given = {"chat_template_kwargs": kwargs, "date": date}
+    config = RunConfig(model_name_or_path="none", train_file="none", **given)
+    return ChatOptions(config.chat_template_kwargs or {}, config.date)
 
 
 def named_sources(models: dict[str, str], head: dict[str, float | None]) -> dict[str, Source]:

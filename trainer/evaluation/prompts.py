@@ -13,6 +13,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from trainer.config import InputError
+from trainer.data import REASONING
 from trainer.evaluation.records import read_jsonl
 
 ROLES = ("system", "user", "assistant")
@@ -79,7 +80,8 @@ def _parse(place: str, question: Hashable, row: dict) -> Prompt:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES or not isinstance(message.get("content"), str):
             raise InputError(f"{place}: expected messages of role and content, got {message!r:.80}")
-        messages.append({"role": role, "content": message["content"]})
+        thought = {name: message[name] for name in REASONING if message.get(name)}
+        messages.append({"role": role, "content": message["content"]} | thought)
     if messages[-1]["role"] == "assistant":
         raise InputError(f"{place}: the prompt must end with a user or system message")
     return Prompt(question, tuple(messages))

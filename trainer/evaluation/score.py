@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_kernels import linear_logprobs
+from trainer.chat import ChatOptions
+from trainer.clock import today
+from trainer.columns import Columns
 from trainer.config import InputError, open_folder
 from trainer.data import BadRow, BadRows
 from trainer.encoding import Encoder
@@ -31,7 +35,7 @@ from trainer.model import PreferenceModel, check_model
 from trainer.packing import pack, share_prefixes
 from trainer.pairs import IGNORE, Pair, Sequence
 from trainer.samples import first_prompts, sample
-from trainer.sources import check_rows, read_file
+from trainer.sources import read_rows
 from trainer.truncation import Limits
 
 
@@ -47,13 +51,15 @@ def score(
     kl_prompts: int,
     kl_tokens: int,
     seed: int,
+    chat: ChatOptions | None = None,
+    columns: Columns | None = None,
     logit_scale: float | None = None,
     logit_softcap: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """Write `scores.json` (means) and `scores.jsonl` (a line per model and pair).
 
     Args:
-        data: JSONL or Parquet files of held-out pairs.
+        data: files of held-out pairs, as the trainer reads them.
         models: paths by name.
         reference: path of the model that training started from.
         output_dir: where the files go.
@@ -63,6 +69,8 @@ def score(
         kl_prompts: prompts on which the KL is estimated, the first ones; 0 leaves it out.
         kl_tokens: length to which answers are drawn for it.
         seed: of these draws.
+        chat: what chat templates are told beside the messages.
+        columns: where prompt, chosen and rejected are.
         logit_scale, logit_softcap: as in training, for an architecture that is not known.
 
     Returns:
@@ -79,7 +87,9 @@ def score(
     head = {"logit_scale": logit_scale, "logit_softcap": logit_softcap}
     sources, folder = named_sources(models, head), open_folder(output_dir)
     model, tokenizer = open_model(Source(reference, **head), data[0])
-    places, pairs = read_pairs(data, tokenizer, max_length)
+    chat = chat or ChatOptions()
+    chat = replace(chat, date=chat.date or today())  # it may change while models are scored
+    places, pairs = read_pairs(data, tokenizer, max_length, chat, columns)
     base = PreferenceModel(model, {})
     check_fit(model, pairs)
     check_model(base, pairs[0])
@@ -87,7 +97,7 @@ def score(
     results, lines = {}, []
     for name, source in sources.items():
         model, own_tokenizer = open_model(source, data[0])
-        if not same_tokens(read_pairs(data, own_tokenizer, max_length)[1], pairs):
+        if not same_tokens(read_pairs(data, own_tokenizer, max_length, chat, columns)[1], pairs):
             raise InputError(f"models: {name} encodes the data otherwise than the reference")
         torch.manual_seed(seed)
         prompts = list(first_prompts(pairs, kl_prompts))
@@ -110,11 +120,15 @@ def score(
 
 
 def read_pairs(
-    data: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+    data: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chat: ChatOptions | None = None,
+    columns: Columns | None = None,
 ) -> tuple[list[str], list[Pair]]:
     """Where each pair of the files stands (`file:line`), and its tokens; a bad row is an error."""
-    bad, encoder = BadRows("error", "fix them"), Encoder(tokenizer, Limits(max_length))
-    rows = [row for name in data for row in check_rows(f"{name}:", read_file(name), bad)]
+    bad, encoder = BadRows("error", "fix them"), Encoder(tokenizer, Limits(max_length), chat)
+    rows = [row for name in data for row in read_rows(name, bad, columns)]
     places, pairs = [], []
     for row, result in encoder.encode(rows):
         if isinstance(result, BadRow):

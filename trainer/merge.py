@@ -1,0 +1,150 @@
+"""Adapters as whole models: merged into the base that they were trained beside.
+
+python -m trainer.merge outputs/run/model --output_dir merged
+
+An adapter's folder says in `adapter_config.json` where its base is, in the form in which the
+evaluator takes models: a folder, a hub id or `package:NAME`, each with `/FILE.gguf` or without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.adapters import ADAPTER_FILE, refuse_tied_adapters
+from trainer.config import InputError, RunConfig, open_folder
+from trainer.loading import load_model, load_tokenizer, locate_model, named, save_model, told
+
+
+def adapter_folder(config: RunConfig) -> Path | None:
+    """The folder of `model_name_or_path` if it holds an adapter."""
+    folder = Path(config.model_name_or_path).expanduser()
+    return folder if (folder / ADAPTER_FILE).is_file() else None
+
+
+def at(path: str, config: RunConfig) -> RunConfig:
+    """`config` with the model of a path to which `/FILE.gguf` may be added."""
+    folder, _, name = path.rpartition("/")
+    if path.endswith(".gguf"):
+        return replace(config, model_name_or_path=folder, gguf_file=name)
+    return replace(config, model_name_or_path=path, gguf_file=None)
+
+
+def base_of(folder: Path, config: RunConfig) -> RunConfig:
+    """`config` with the model that the adapter in `folder` was trained beside.
+
+    Raises:
+        InputError: the adapter does not say which one.
+    """
+    with told(f"cannot read {folder / ADAPTER_FILE}"):
+        base = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
+        base = base.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(
+            f"model_name_or_path: {folder / ADAPTER_FILE} names no base_model_name_or_path; add "
+            "the folder or hub id of the model that the adapter was trained beside"
+        )
+    return at(base, config)
+
+
+def load_whole(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer; an adapter is merged into its base.
+
+    Raises:
+        InputError: either is not there, or they do not belong together.
+    """
+    folder = adapter_folder(config)
+    if folder is None:
+        source = locate_model(config)
+        tokenizer = load_tokenizer(source, config.gguf_file)
+        return load_model(source, config), tokenizer
+    base = base_of(folder, config)
+    with named(f"model_name_or_path: base_model_name_or_path in {folder / ADAPTER_FILE}"):
+        source = locate_model(base)
+        own = (folder / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(*((str(folder), None) if own else (source, base.gguf_file)))
+        model = load_model(source, base)
+    return merge(model, folder), tokenizer
+
+
+def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model`, changed as the adapter in `folder` changes it.
+
+    Raises:
+        InputError: the adapter is of another model, damaged, or of a kind that cannot be merged.
+    """
+    with told(f"cannot put the adapter in {folder} into its base"):
+        adapted = PeftModel.from_pretrained(model, folder)
+        refuse_tied_adapters(adapted)
+        held = load_peft_weights(str(folder), device="cpu")
+        needed, known = (
+            set(get_peft_model_state_dict(adapted, save_embedding_layers=embeddings))
+            for embeddings in (False, True)
+        )
+        differing = sorted((needed - set(held)) | (set(held) - known))
+        if differing:
+            raise InputError(
+                f"model_name_or_path: the adapter in {folder} is not of this model: "
+                f"{len(differing)} of its weights have no counterpart ({differing[0]})"
+            )
+        broken = next((name for name, weight in held.items() if not weight.isfinite().all()), None)
+        if broken:
+            raise InputError(
+                f"model_name_or_path: the adapter in {folder} holds NaN or infinite numbers in "
+                f"{broken}; take an earlier one"
+            )
+        return adapted.merge_and_unload()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line, merge, save; what the user got wrong is one message."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.merge", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    add = parser.add_argument
+    add("adapter", metavar="FOLDER", help="the adapter, as the trainer or peft saved it")
+    add("--output_dir", required=True, metavar="DIR", help="where the whole model goes")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+        help="type of its weights, which are merged in float32 [float32]")  # fmt: skip
+    add("--logit_scale", type=float, help="as in training, for an architecture that is not known")
+    add("--logit_softcap", type=float, help="likewise")
+    args = parser.parse_args(argv)
+    try:
+        merge_folder(**vars(args))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    print(f"written: {args.output_dir}")
+
+
+def merge_folder(adapter: str, output_dir: str, dtype: str, **head: float | None) -> None:
+    """Write the whole model that an adapter and its base make, with the adapter's tokenizer.
+
+    Args:
+        adapter: folder of the adapter.
+        output_dir: a new or empty folder.
+        dtype: type of the weights.
+        head: `logit_scale`, `logit_softcap`, as in training.
+
+    Raises:
+        InputError: no adapter, one that does not fit its base, or a folder that holds something.
+    """
+    config = RunConfig(model_name_or_path=adapter, train_file=("none",), **head)
+    if adapter_folder(config) is None:
+        raise InputError(f"adapter: expected a folder with an {ADAPTER_FILE}, got {adapter}")
+    out = open_folder(output_dir)
+    if any(out.iterdir()):
+        raise InputError(f"output_dir: expected a new or empty folder, got {out}")
+    with named("adapter"):
+        model, tokenizer = load_whole(config)
+    save_model(model.to(getattr(torch, dtype)), tokenizer, out)
+
+
+if __name__ == "__main__":
+    main()
