@@ -14,11 +14,12 @@ rows of the matmuls' small operands instead.
 A log-sum-exp is kept as the pair ``(c, S)``, in `recompute` too: as one float32 number it would
 round to eps * |z|, and so would every probability.
 
-``c`` is the log-sum-exp over the first `PROBE` vocabulary entries and the target, which keeps S
-moderate: a large one would turn far tails into denormal products with 1 / S. A row whose largest
-logit lies more than about 60 above ``c`` could overflow: `overflowed` then says so, and the caller
-fills again with ``exact=True``, whose ``c`` is the log-sum-exp over all entries (1U more). fp16
-starts there (`starts_exact`), because its exponents are too short for anything but probabilities.
+``c`` is the log-sum-exp over the first `PROBE` vocabulary entries, or the target's logit if that is
+larger, which keeps S moderate: a large one would turn far tails into denormal products with 1 / S.
+A row whose largest logit lies more than about 60 above ``c`` could overflow: `overflowed` then says
+so, and the caller fills again with ``exact=True``, whose ``c`` is the log-sum-exp over all entries
+(1U more). fp16 starts there (`starts_exact`), because its exponents are too short for anything but
+probabilities.
 """
 
 from __future__ import annotations
