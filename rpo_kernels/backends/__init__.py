@@ -1,8 +1,8 @@
 """Tile arithmetic: the only code that multiplies hidden states with the whole vocabulary.
 
 A backend is a module with the functions of `Backend`: `torch_backend` runs anywhere,
-`triton_backend` on GPUs (its kernels stand in `triton_kernels`, `triton_sparse` and `triton_tail`,
-their tile sizes in `tiles`). The two do not import each other.
+`triton_backend` on GPUs (its kernels stand in `triton_kernels`, `triton_sparse`, `triton_targets`
+and `triton_tail`, their tile sizes in `tiles`). The two do not import each other.
 """
 
 from __future__ import annotations

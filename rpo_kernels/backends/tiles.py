@@ -96,7 +96,7 @@ MERGE_SPLITS, MERGE_ROWS = 64, 32  # tile of the merge of partial log-sum-exps
 EPILOGUE_VOCAB, EPILOGUE_ROWS = 64, 128  # tile of the pass over a panel of logits
 TAIL_TOKENS = 1024  # log-probs summed at a time
 PICK_ROWS, PICK_WIDTH = 4, 512  # tile of the targets' logits
-TARGET_ROWS = 256  # rows whose targets' entries are placed at a time
+TARGET_ROWS = 128  # rows whose targets' entries are placed at a time: one a thread
 SCALE_BLOCK = 4096  # elements of a gradient multiplied at a time
 # row blocks of one pass of `triton_sparse.kept_weight`, at most 16: a pass reads and writes float32
 # dW; entries are grouped by which of these blocks keep them, and more blocks mean more patterns

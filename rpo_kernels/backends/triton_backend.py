@@ -199,15 +199,16 @@ def _panel_arguments(
     target: Tensor | None,
 ) -> dict:
     """What both kernels that fill a panel take for its epilogue."""
+    reach = reach_of(out)
     return {
         "bias": dense(bias),
         "shift": dense(shift),
         "targets": dense(targets),
-        "out": out,
+        "out": out.as_strided((out.shape[0], reach), out.stride()),
         "part_sum": part_sum,
         "target": target,
         "n": out.shape[1],
-        "reach": reach_of(out),
+        "reach": reach,
         "p": out.shape[0],
         "v0": v0,
         "stride_ov": out.stride(0),
