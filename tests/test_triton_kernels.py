@@ -288,8 +288,10 @@ def test_padded_panels_have_the_same_bits(how, dtype, monkeypatch):
             rest = torch.ones(300 * wide - spare, dtype=torch.bool, device=DEVICE)
             rest.as_strided((300, 70), (wide, 1)).fill_(False)
             assert out.as_strided(rest.shape, (1,))[rest].isnan().all()
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+    (first, first_sums), *rest = results
+    for out, sums in rest:  # a sum's order may change with what a thread loads
+        assert torch.equal(first, out)
+        assert_within_roundings(sums, first_sums, 300)
 
 
 def test_both_fills_agree_and_choose_by_configuration(monkeypatch):
