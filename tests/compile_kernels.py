@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rpo_kernels.backends import tiles, triton_sparse, triton_tail
+from rpo_kernels.backends import tiles, triton_sparse, triton_tail, triton_targets
 from rpo_kernels.backends import triton_backend as backend
 from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.engines.panel import stride
@@ -78,7 +78,8 @@ def record(family: str, calls: Iterator) -> list:
     """Run launchers on meta tensors; return their launches."""
     launches = []
     places = [(kernels, n) for n in ("lse_partials", "lse_merge", "exp_fused", "exp_epilogue")]
-    places += [(triton_tail, "rpo_tail")]
+    places += [(triton_tail, n) for n in ("rpo_tail", "scale_in_place")]
+    places += [(triton_targets, n) for n in ("pick_logits", "put_entries", "finish_rows")]
     places += [(triton_sparse, "kept_rows"), (triton_sparse, "kept_weight")]
     originals = [getattr(module, name) for module, name in places]
     for (module, name), kernel in zip(places, originals, strict=True):
@@ -121,6 +122,19 @@ def calls_of(
         yield lambda: backend.lse_and_target(hidden, weight, offset, targets, transform, 2**28)
         yield lambda: backend.exp_panel_matmul(*arguments)
     yield lambda: backend.exp_panel_fused(*arguments, tile)
+
+
+def small_calls(dtype: torch.dtype, width: int, transform: Transform, bias: bool):
+    """One call of every launcher whose kernel touches each row or each parameter once."""
+    hidden, weight = (torch.empty(x, width, dtype=dtype, device="meta") for x in (N, V))
+    targets = torch.empty(N, dtype=torch.int64, device="meta")
+    offset = torch.empty(V, dtype=dtype, device="meta") if bias else None
+    rows = torch.empty(N, device="meta")
+    panel = torch.empty(PANEL, N, dtype=dtype, device="meta")
+    yield lambda: backend.target_logits(hidden, targets, weight, offset, transform, 0)
+    yield lambda: backend.put_targets_(panel, targets, PANEL, rows)
+    yield lambda: backend.finish_panel(panel, targets, rows, rows, rows, transform)
+    yield lambda: backend.scale_(weight, rows[0])
 
 
 def kept_call(dtype: torch.dtype, weight_dtype: torch.dtype, width: int, rows: int, size: int):
@@ -247,6 +261,8 @@ def main(family: str, oversized: bool) -> None:
                 once = "ragged" in label or kernel.__name__ in ("lse_partials", "exp_fused")
                 if once and (kernel.__name__ != "lse_merge" or label.startswith("fp32")):
                     cases.append((kernel, arguments, label))
+            if "ragged" in label:
+                cases += [(*x, label) for x in record(family, small_calls(*case))]
         for label, dtype in (("bf16 odd rows", torch.bfloat16), ("fp32 odd rows", torch.float32)):
             calls = calls_of(family, dtype, D, plain, False, rows=ODD)
             launches = record(family, calls)
