@@ -11,7 +11,7 @@ from rpo_kernels.backends import choose_backend
 from rpo_kernels.checks import check_leaves, pair_losses
 from rpo_kernels.engines import streaming
 from rpo_kernels.ops import ONCE, sequence_sums, times
-from rpo_kernels.rows import keep_rows
+from rpo_kernels.rows import keep_rows, send
 
 
 class CustomLoss(torch.autograd.Function):
@@ -25,7 +25,7 @@ class CustomLoss(torch.autograd.Function):
             labels, weight.shape[0], settings.ignore_index, settings.validate, cu_seqlens
         )
         count = len(offsets) // 2
-        lengths = labels.new_tensor(offsets).diff().view(2, count)
+        lengths = send(offsets, labels.device).diff().view(2, count)
 
         def loss_of_pairs(first: int, last: int, logps: Tensor) -> tuple[Tensor, Tensor]:
             """`streaming.PairLoss`: `loss_fn` and its slopes."""
@@ -51,6 +51,7 @@ class CustomLoss(torch.autograd.Function):
                 hidden, rows, offsets, head, backend, loss_of_pairs, settings
             )
         ctx.save_for_backward(*grads)
+        ctx.backend = settings.backend
         logps = pairs[:, 1:].t().contiguous()
         ctx.mark_non_differentiable(logps)
         return pairs[:, 0].sum() / num_pairs, logps
@@ -60,4 +61,4 @@ class CustomLoss(torch.autograd.Function):
         """Multiply the kept gradients by the upstream scalar."""
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(ONCE)
-        return *times(ctx.saved_tensors, grad), *[None] * 5
+        return *times(ctx.saved_tensors, grad, ctx.backend), *[None] * 5

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor, exp, log, relu, sigmoid, where
+from torch import Tensor, exp, log, relu, sigmoid, stack, where
 from torch.nn.functional import logsigmoid
 
 from rpo_kernels.spec import Objective
@@ -163,7 +163,8 @@ def total_terms(pairs: Tensor, objective: Objective) -> Tensor:
     """``[preference loss, SFT loss]`` (2,) of a step from its table of pairs ``(B, >= 2)``: sums
     over the normalizers of `objective`.
     """
-    return pairs[:, :2].sum(0) / pairs.new_tensor([objective.num_pairs, objective.sft_normalizer])
+    preference, sft = pairs[:, :2].sum(0).unbind()
+    return stack([preference / objective.num_pairs, sft / objective.sft_normalizer])
 
 
 def sft_weight(

@@ -26,7 +26,7 @@ from rpo_kernels.engines import recompute, streaming
 from rpo_kernels.engines.skipping import mask_shape
 from rpo_kernels.engines.terms import Saved
 from rpo_kernels.losses import total_terms
-from rpo_kernels.rows import check_offsets, keep_rows, sum_sequences
+from rpo_kernels.rows import check_offsets, keep_rows, send, sum_sequences
 from rpo_kernels.spec import Objective, Settings, accumulator_dtype, schema
 
 ONCE = (
@@ -53,21 +53,30 @@ def operator(name: str, arguments: str, results: int):
         returns = ", ".join(["Tensor"] * results)
         wanted = f"({arguments}) -> " + (f"({returns})" if results > 1 else returns)
         return torch.library.custom_op(
-            f"rpo_kernels::{name}", outside_autocast, mutates_args=(), schema=wanted
+            f"rpo_kernels::{name}",
+            outside_autocast,
+            mutates_args=(),
+            schema=wanted,
+            tags=(torch.Tag.cudagraph_unsafe,),  # it waits for the device: see `keep_rows`
         )
 
     return register
 
 
-def times(grads: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+def times(grads: Sequence[Tensor | None], factor: Tensor, backend: str) -> list[Tensor | None]:
     """``factor ()`` times every gradient that a backward pass saved, in place where that pass is
     the graph's last (`retain_graph` is False) and neither traced nor batched: a second copy of dW
-    costs time and memory.
+    costs time and memory, and where the factor is 1 there is nothing to do.
     """
     # no public function tells these two; without them every backward would have to copy
     plain = type(factor) is Tensor and "Batched" not in str(torch._C._dispatch_keys(factor))
     last = plain and not torch._C._autograd._get_current_graph_task_keep_graph()
-    return [x if x is None else x.mul_(factor) if last else x * factor for x in grads]
+    if not last:
+        return [x if x is None else x * factor for x in grads]
+    for x in grads:
+        if x is not None and x.numel():
+            choose_backend(backend, x).scale_(x, factor)
+    return list(grads)
 
 
 def _empty_grads(
@@ -249,7 +258,7 @@ def preference_loss(hidden, weight, bias, labels, cu_seqlens, ref_logps, *given)
         refs = ref_logps
         if refs is not None:
             refs = torch.cat([refs[first:last], refs[count + first : count + last]])
-        return backend.tail(logps, labels.new_tensor(chosen + rejected), refs, objective)
+        return backend.tail(logps, send(chosen + rejected, logps.device), refs, objective)
 
     if settings.strategy == "stream":
         pairs, skipped, *grads = streaming.loss_and_grads(
@@ -294,7 +303,7 @@ def _grad_loss(ctx, grad, *_):
         raise RuntimeError(ONCE)
     found: Sequence[Tensor | None] = (None, None, None)
     if grad is not None and ctx.settings.strategy == "stream":
-        found = times(ctx.saved_tensors[:3], grad)
+        found = times(ctx.saved_tensors[:3], grad, ctx.settings.backend)
     elif grad is not None:
         logps, norm, coef, *again = ctx.saved_tensors
         found = linear_logprobs_backward(coef * grad, logps, norm, *again, *ctx.settings)

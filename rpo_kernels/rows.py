@@ -13,6 +13,13 @@ from torch import Tensor
 MOVED = 256  # rows that are copied at a time
 
 
+def send(values: list[int], device: torch.device) -> Tensor:
+    """`values` as an int64 tensor on `device`; `Tensor.new_tensor` would wait for the device."""
+    pinned = device.type == "cuda"
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
+    return host.to(device, non_blocking=True)
+
+
 class Rows(NamedTuple):
     """The kept rows of a ``(M, D)`` tensor: `positions` (N,) (None if all are kept),
     `targets` (N,) their labels.
@@ -60,6 +67,11 @@ class Rows(NamedTuple):
             return values
         zeros = values.new_zeros(total, *values.shape[1:])
         return zeros.index_copy_(0, self.positions, values)
+
+    def ranges(self, parts: list[tuple[int, int]]) -> Rows:
+        """The kept rows ``(start, stop)`` of each of `parts`, in that order: needs `positions`."""
+        found = [[x[start:stop] for start, stop in parts] for x in self]
+        return Rows(*(x[0] if len(x) == 1 else torch.cat(x) for x in found))
 
     def subset(self, order: Tensor) -> Rows:
         """The kept rows at positions `order` (n,), in that order."""
@@ -124,7 +136,7 @@ def keep_rows(
     kept = targets != ignore_index
     ends = torch.zeros(rows + 1, dtype=torch.int64, device=targets.device)
     torch.cumsum(kept, 0, out=ends[1:])
-    given = targets.new_tensor([0, rows]) if cu_seqlens is None else cu_seqlens.long()
+    given = send([0, rows], targets.device) if cu_seqlens is None else cu_seqlens.long()
     # wrong offsets must not index out of range: they are refused below, once all is on the host
     facts = [ends[given.clamp(0, rows)]]
     if validate:
@@ -146,7 +158,7 @@ def keep_rows(
     if offsets[-1] == rows:
         return Rows(None, targets), offsets
     # nonzero would wait for the device again to learn the count, which is known by now
-    index = (
-        torch.nonzero_static(kept, size=offsets[-1])[:, 0] if kept.is_cuda else kept.nonzero()[:, 0]
-    )
+    on_cpu = kept.device.type == "cpu"
+    index = kept.nonzero() if on_cpu else torch.nonzero_static(kept, size=offsets[-1])
+    index = index[:, 0]
     return Rows(index, targets[index]), offsets

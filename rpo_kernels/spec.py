@@ -12,12 +12,15 @@ Dimension key used across the package:
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LN2 = math.log(2)
 
 
 class Transform(NamedTuple):
@@ -165,3 +168,11 @@ def gathered_rows(width: int, itemsize: int) -> int:
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of every sum, log-prob and loss: float64 for float64 inputs, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def target_entry(logps: Tensor, shift: Tensor, sums: Tensor, transform: Transform) -> Tensor:
+    """``S * (p - 1) * dz/dx`` of every row's target, (n,): its entry of a panel with shift c (n,)
+    and sums S (n,).
+    """
+    logit = logps + (shift + sums.log2()) * LN2
+    return sums * torch.expm1(logps) * transform.slope(logit)

@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rpo_kernels.backends import tiles, triton_sparse, triton_tail
+from rpo_kernels.backends import tiles, triton_sparse, triton_tail, triton_targets
 from rpo_kernels.backends import triton_backend as backend
 from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.engines.panel import stride
@@ -78,7 +78,8 @@ def record(family: str, calls: Iterator) -> list:
     """Run launchers on meta tensors; return their launches."""
     launches = []
     places = [(kernels, n) for n in ("lse_partials", "lse_merge", "exp_fused", "exp_epilogue")]
-    places += [(triton_tail, "rpo_tail")]
+    places += [(triton_tail, n) for n in ("rpo_tail", "scale_in_place")]
+    places += [(triton_targets, n) for n in ("pick_logits", "put_entries", "finish_rows")]
     places += [(triton_sparse, "kept_rows"), (triton_sparse, "kept_weight")]
     originals = [getattr(module, name) for module, name in places]
     for (module, name), kernel in zip(places, originals, strict=True):
@@ -121,6 +122,19 @@ def calls_of(
         yield lambda: backend.lse_and_target(hidden, weight, offset, targets, transform, 2**28)
         yield lambda: backend.exp_panel_matmul(*arguments)
     yield lambda: backend.exp_panel_fused(*arguments, tile)
+
+
+def small_calls(dtype: torch.dtype, width: int, transform: Transform, bias: bool):
+    """One call of every launcher whose kernel touches each row or each parameter once."""
+    hidden, weight = (torch.empty(x, width, dtype=dtype, device="meta") for x in (N, V))
+    targets = torch.empty(N, dtype=torch.int64, device="meta")
+    offset = torch.empty(V, dtype=dtype, device="meta") if bias else None
+    rows = torch.empty(N, device="meta")
+    panel = torch.empty(PANEL, N, dtype=dtype, device="meta")
+    yield lambda: backend.target_logits(hidden, targets, weight, offset, transform, 0)
+    yield lambda: backend.put_targets_(panel, targets, PANEL, rows)
+    yield lambda: backend.finish_panel(panel, targets, rows, rows, rows, transform)
+    yield lambda: backend.scale_(weight, rows[0])
 
 
 def kept_call(dtype: torch.dtype, weight_dtype: torch.dtype, width: int, rows: int, size: int):
@@ -189,20 +203,21 @@ def resources(asm: dict) -> tuple[int, int]:
     return int(re.search(r"STACK:(\d+)", usage)[1]), int(re.search(r"REG:(\d+)", usage)[1])
 
 
-def stores(asm: dict) -> dict[int, int]:
-    """How many instructions store 2, 4, 8 and 16 bytes to global memory."""
+def accesses(asm: dict, kind: str) -> dict[int, int]:
+    """How many instructions "store" (or "load") 2, 4, 8 and 16 bytes of global memory."""
     if "amdgcn" in asm:
-        text, pattern = asm["amdgcn"], r"(?:global|buffer)_store_(short|dwordx4|dwordx2|dword)\b"
-        sizes = {"short": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
+        found = re.findall(rf"(?:global|buffer)_{kind}_(\w+)", asm["amdgcn"])
+        sizes = {2: "short", 4: "dword", 8: "dwordx2", 16: "dwordx4"}
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(asm["cubin"])
             cubin.flush()
             text = nvidia_tool("cuobjdump", "--dump-sass", cubin.name)
-        pattern = r"\bSTG\.E(?:\.EF|\.EL|\.LU|\.NA)?(\.U16|\.64|\.128)?\b"
-        sizes = {".U16": 2, "": 4, ".64": 8, ".128": 16}
-    found = re.findall(pattern, text)
-    return {size: found.count(name) for name, size in sizes.items()}
+        name = {"store": "STG", "load": "LDG"}[kind]
+        words = re.findall(rf"\b{name}((?:\.\w+)+)", text)
+        widths = (re.search(r"\.(U8|S8|U16|64|128|256)\b", word) for word in words)
+        found, sizes = [x and x[1] for x in widths], {2: "U16", 4: None, 8: "64", 16: "128"}
+    return {size: found.count(name) for size, name in sizes.items()}
 
 
 def build(family: str, kernel: triton.JITFunction, arguments: dict, label: str) -> dict:
@@ -221,7 +236,8 @@ def build(family: str, kernel: triton.JITFunction, arguments: dict, label: str) 
         "fused": options.get("enable_fp_fusion"),
         "matrix": MATRIX[family] in text,
         "tma": "cp.async.bulk.tensor" in text,
-        "stores": stores(compiled.asm),
+        "stores": accesses(compiled.asm, "store"),
+        "loads": accesses(compiled.asm, "load"),
         "tile": [arguments.get(name) for name in ("BLOCK_N", "BLOCK_V", "num_warps")],
         "seconds": round(time.perf_counter() - begin, 2),
     }
@@ -245,6 +261,8 @@ def main(family: str, oversized: bool) -> None:
                 once = "ragged" in label or kernel.__name__ in ("lse_partials", "exp_fused")
                 if once and (kernel.__name__ != "lse_merge" or label.startswith("fp32")):
                     cases.append((kernel, arguments, label))
+            if "ragged" in label:
+                cases += [(*x, label) for x in record(family, small_calls(*case))]
         for label, dtype in (("bf16 odd rows", torch.bfloat16), ("fp32 odd rows", torch.float32)):
             calls = calls_of(family, dtype, D, plain, False, rows=ODD)
             launches = record(family, calls)

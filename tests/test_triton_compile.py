@@ -18,6 +18,8 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 FAMILIES = sorted(tiles.SHARED_LIMIT)
 DOTS = ("lse_partials", "exp_fused")
 KEPT = ("kept_rows", "kept_weight")
+SMALL = ("pick_logits", "put_entries", "finish_rows", "scale_in_place")
+LANES = {"gfx942": 64}  # threads of a warp
 
 
 @cache
@@ -46,6 +48,12 @@ def problems(result: dict, family: str) -> set[str]:
     half = result["case"].startswith("bf16")
     if result["kernel"] in DOTS + KEPT and half and not result["matrix"]:
         found.add("matrix")
+    if "odd rows" in result["case"]:
+        (block_n, block_v, warps), lanes = result["tile"], LANES.get(family, 32)
+        size = (2 if half else 4) * block_n * block_v // (16 * lanes * warps)
+        names = ("stores", "loads") if result["kernel"] == "exp_epilogue" else ("stores",)
+        if any(result[name]["16"] < size or result[name]["2"] for name in names):
+            found.add("narrow accesses")  # of the panel: 16 bytes of it belong to a thread
     if result["kernel"] in KEPT and result["case"] == "bf16":
         tile = tiles.KEPT[family, "half"][KEPT.index(result["kernel"])]
         stage = 2 * tile.block_n * tile.block_v
@@ -60,7 +68,7 @@ def test_every_kernel_fits_spills_nothing_and_uses_matrix_units(family):
     results = compiled(family)
     kinds = {(r["kernel"], r["case"].split()[0]) for r in results}
     assert {(k, c) for k in (*DOTS, *KEPT, "exp_epilogue") for c in ("bf16", "fp32")} <= kinds
-    assert {"lse_merge", "rpo_tail"} <= {r["kernel"] for r in results}
+    assert {"lse_merge", "rpo_tail", *SMALL} <= {r["kernel"] for r in results}
     bad = [(r, problems(r, family)) for r in results if problems(r, family)]
     assert not bad
 
@@ -88,6 +96,9 @@ def test_the_checks_can_fail():
     (rows,) = (r for r in compiled("sm_90") if r["kernel"] == "kept_rows" and r["case"] == "bf16")
     assert problems({**rows, "shared": 65536}, "sm_90") == {"not prefetched"}
     assert problems({**rows, "fused": None}, "sm_90") == {"fusion"}
+    assert problems({**half, "case": "bf16 odd rows", "stores": {"2": 128, "16": 0}}, "sm_90") == {
+        "narrow accesses"
+    }
 
 
 def test_families_cover_every_configuration():

@@ -154,6 +154,26 @@ def test_outputs_are_aligned_whatever_n(monkeypatch):
         assert all(launch[name].data_ptr() % 16 == 0 for launch in launches), name
 
 
+@pytest.fixture
+def tf32_allowed():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("tf32_allowed")
+def test_sums_agree_with_panels_where_tf32_is_allowed():
+    """The vendor's matmul rounds a panel's operands: divided by the sums, columns must add up to 1,
+    as they do without TF32, but for errors of both signs.
+    """
+    hidden, weight, offset, targets = make(width=64)
+    lse, _ = softmax_of(hidden, weight, offset, targets, PLAIN)
+    z = logits(hidden, weight, offset, PLAIN)
+    plain = logits(hidden, weight, offset, PLAIN, torch.float32)
+    assert_plain(lse, plain.logsumexp(1), z.logsumexp(1))
+
+
 def test_a_probability_near_one_keeps_its_accuracy():
     """1 - p = exp(-8) and logits of 1e4: log p must not round to eps * 1e4."""
     hidden = torch.ones(1, 16, device=DEVICE)
@@ -243,6 +263,37 @@ def test_exp_panel(how, dtype, transform, bias):
     assert_plain(picked[inside, None], same, want, dtype)
 
 
+def padded(rows, n, wide, spare=0, dtype=torch.float32):
+    """A panel ``(rows, n)``, rows `wide` apart; the last one has `spare` elements less."""
+    size = rows * wide - spare
+    buffer = torch.full((size,), math.nan, dtype=dtype, device=DEVICE)
+    return buffer.as_strided((rows, n), (wide, 1))
+
+
+@pytest.mark.parametrize("how", FILLS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_padded_panels_have_the_same_bits(how, dtype, monkeypatch):
+    """Rows that end at a multiple of 16 are filled to their end, any other panel up to n."""
+    product = torch.mm  # may sum in another order where rows are aligned
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: out.copy_(product(a, b)))
+    hidden, weight, offset, targets = make(n=70, vocab=300, width=40, dtype=dtype)
+    shift = (logits(hidden, weight, offset, CAPPED).logsumexp(1) * LOG2E).float()
+    results = []
+    for wide, spare, reach in ((80, 0, 80), (80, 9, 70), (70, 0, 70), (96, 0, 70)):
+        out, sums = padded(300, 70, wide, spare, dtype), torch.zeros(70, device=DEVICE)
+        assert backend.reach_of(out) == reach
+        fill(how, hidden, weight, offset, shift, targets, 0, CAPPED, out, sums)
+        results.append((out, sums))
+        if reach == 70:
+            rest = torch.ones(300 * wide - spare, dtype=torch.bool, device=DEVICE)
+            rest.as_strided((300, 70), (wide, 1)).fill_(False)
+            assert out.as_strided(rest.shape, (1,))[rest].isnan().all()
+    (first, first_sums), *rest = results
+    for out, sums in rest:  # a sum's order may change with what a thread loads
+        assert torch.equal(first, out)
+        assert_within_roundings(sums, first_sums, 300)
+
+
 def test_both_fills_agree_and_choose_by_configuration(monkeypatch):
     hidden, weight, offset, targets = make()
     z, plain = (logits(hidden, weight, offset, CAPPED, x) for x in (torch.float64, torch.float32))
@@ -270,7 +321,64 @@ def test_float32_panel_from_half_precision(monkeypatch):
     shift = (z.logsumexp(1) * LOG2E).float()
     backend.exp_panel(hidden, weight, None, shift, targets, 0, PLAIN, out)
     plain = logits(hidden, weight, None, PLAIN, torch.float32)
-    assert_plain(out, plain.softmax(1).t(), z.softmax(1).t())
+    same = (plain - shift[:, None] / LOG2E).exp()  # of the same shift, like the panel
+    assert_plain(out, same.t(), z.softmax(1).t())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform, bias", [(PLAIN, False), (CAPPED, True)])
+def test_target_logits(dtype, transform, bias):
+    hidden, weight, offset, targets = make(dtype=dtype, bias=bias)
+    found = backend.target_logits(hidden, targets, weight, offset, transform, 0)
+    plain, truth = (
+        logits(hidden, weight, offset, transform, x).gather(1, targets[:, None])[:, 0]
+        for x in (torch.float32, torch.float64)
+    )
+    assert_plain(found, LOG2E * plain, LOG2E * truth)
+    empty = backend.target_logits(hidden[:0], targets[:0], weight, offset, transform, 0)
+    assert empty.shape == (0,)
+
+
+def finish(how, dtype, transform):
+    """Log-probs from -30 to -1e-7, and a panel with their entries among zeros."""
+    wanted = -torch.logspace(-7, math.log10(30), N, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    sums = (torch.rand(N, generator=g) * 4 + 0.5).to(DEVICE)
+    target = (wanted.to(DEVICE) * LOG2E + sums.double().log2()).float()
+    shift = torch.randn(N, generator=g).to(DEVICE)
+    targets = torch.randint(300, (N,), generator=g).to(DEVICE)
+    panel = torch.zeros(300, N + 3, dtype=dtype, device=DEVICE)[:, :N]
+    given = [x if dtype != torch.float64 else x.double() for x in (shift, sums, target)]
+    logps = how.finish_panel(panel, targets, *given, transform)
+    return logps, panel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transform", [PLAIN, SCALED, CAPPED])
+def test_finished_rows(dtype, transform):
+    """Accurate however close p is to 1: every number is a few roundings from the float64 one."""
+    logps, panel = finish(backend, dtype, transform)
+    want, entries = finish(torch_backend, torch.float64, transform)
+    _, steep = finish(torch_backend, torch.float64, Transform(transform.scale))  # before the cap
+    # the difference of two logarithms is exact to the rounding of the larger
+    assert_within_roundings(logps, want, 2)
+    if dtype == torch.float32:
+        assert_within_roundings(panel, entries, 8, steep.abs())
+    else:  # the interpreter cuts to bfloat16, GPUs round
+        assert_within_roundings(panel, entries, 2, steep.abs())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entries_are_put_where_they_belong(dtype):
+    targets = torch.randint(300, (N,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    values = torch.arange(N, device=DEVICE).float()
+    results = []
+    for how in (backend, torch_backend):
+        buffer = torch.full((120, N + 6), -1.0, dtype=dtype, device=DEVICE)
+        how.put_targets_(buffer[:, :N], targets, 100, values)
+        results.append(buffer)
+    assert torch.equal(*results)
+    assert (results[0] >= 0).sum() == ((targets >= 100) & (targets < 220)).sum()
 
 
 def test_nothing_below_exp_minus_60():
@@ -499,6 +607,24 @@ def test_loss_is_exactly_ln_2_against_itself():
     again, _ = run_tail(logps, offsets, pairs[:, 2:4].t().reshape(-1), "sigmoid", "sum")
     assert (again[:, 0] == torch.tensor(math.log(2), dtype=torch.float32, device=DEVICE)).all()
     assert (again[:, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", [backend, torch_backend], ids=["triton", "torch"])
+def test_scaling_in_place(how, dtype, monkeypatch):
+    """More elements than the programs take at once; 1 changes nothing, NaN everything."""
+    monkeypatch.setattr(tiles, "SCALE_BLOCK", 64)
+    size = 9 * 8 * tiles.of_device(torch.device(DEVICE))[1] * 64 + 3
+    given = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    for factor in (1.0, 0.5, -4.0, 0.0, math.nan):
+        found = given.clone()
+        how.scale_(found, torch.tensor(factor, device=DEVICE))
+        torch.testing.assert_close(found, given * factor, rtol=0, atol=0, equal_nan=True)
+    strided = torch.randn(20, 33, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype).t()
+    found = strided.clone()
+    assert not found.is_contiguous()
+    how.scale_(found, torch.tensor(2.0, device=DEVICE))
+    assert torch.equal(found, 2 * strided)
 
 
 def test_supports():

@@ -1,8 +1,8 @@
 """Tile arithmetic: the only code that multiplies hidden states with the whole vocabulary.
 
 A backend is a module with the functions of `Backend`: `torch_backend` runs anywhere,
-`triton_backend` on GPUs (its kernels stand in `triton_kernels`, `triton_sparse` and `triton_tail`,
-their tile sizes in `tiles`). The two do not import each other.
+`triton_backend` on GPUs (its kernels stand in `triton_kernels`, `triton_sparse`, `triton_targets`
+and `triton_tail`, their tile sizes in `tiles`). The two do not import each other.
 """
 
 from __future__ import annotations
@@ -82,6 +82,49 @@ class Backend(Protocol):
             max_bytes: bound on temporaries.
         """
 
+    def target_logits(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: Transform,
+        max_bytes: int,
+    ) -> Tensor:
+        """``y`` of every row's target, (n,) acc: products summed in acc whatever the device.
+
+        Args:
+            hidden: (n, D). targets: (n,) int64 in [0, V).
+            weight: (V, D), its rows are cast to hidden's dtype. bias: (V,) or None.
+            transform: scale and softcap. max_bytes: bound on temporaries.
+        """
+
+    def put_targets_(self, panel: Tensor, targets: Tensor, v0: int, values: Tensor) -> None:
+        """``panel[targets[i] - v0, i] = values[i]`` for the rows whose target lies in the panel.
+
+        Args:
+            panel: (p, n), the vocabulary entries from `v0` on.
+            targets: (n,) int64, over the whole vocabulary. values: (n,).
+        """
+
+    def finish_panel(
+        self,
+        panel: Tensor,
+        targets: Tensor,
+        shift: Tensor,
+        sums: Tensor,
+        target: Tensor,
+        transform: Transform,
+    ) -> Tensor:
+        """Log-probs (n,) acc, in nats; and the targets' entries ``sums * (p - 1) * dz/dx`` of a
+        panel, put in their places, accurate where p is close to 1.
+
+        Args:
+            panel: (V, n), as `exp_panel` left it over the whole vocabulary.
+            targets: (n,) int64. shift, sums, target: (n,) acc, as `exp_panel` left them.
+            transform: scale and softcap.
+        """
+
     def kept_products(
         self,
         panel: Tensor,
@@ -125,6 +168,11 @@ class Backend(Protocol):
             ``pairs (B, 6)``: preference loss and SFT term (which the caller sums and divides),
             log-probs of chosen and rejected, rewards of chosen and rejected; and ``coef (N,)``,
             d loss / d logps. A pair without any token is zero everywhere.
+        """
+
+    def scale_(self, tensor: Tensor, factor: Tensor) -> None:
+        """Multiply `tensor` (dense, any shape) by `factor` () in place: without a pass where it is
+        1.
         """
 
 

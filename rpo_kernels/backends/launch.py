@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor
+
+from rpo_kernels.spec import Transform
+
+LOG2E = math.log2(math.e)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -16,3 +21,11 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 def dense(vector: Tensor | None) -> Tensor | None:
     """The kernels read vectors with stride 1, whatever the caller cut them from."""
     return None if vector is None else vector.contiguous()
+
+
+def base2_factors(transform: Transform) -> dict[str, float | None]:
+    """``inner`` and ``outer`` of the kernels' base-2 logit."""
+    scale, cap = transform
+    if cap is None:
+        return {"inner": None, "outer": scale * LOG2E}
+    return {"inner": scale / cap, "outer": cap * LOG2E}

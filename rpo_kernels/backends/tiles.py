@@ -95,6 +95,9 @@ GROUP_VOCAB = 8  # vocabulary blocks that take turns on a row block in `exp_pane
 MERGE_SPLITS, MERGE_ROWS = 64, 32  # tile of the merge of partial log-sum-exps
 EPILOGUE_VOCAB, EPILOGUE_ROWS = 64, 128  # tile of the pass over a panel of logits
 TAIL_TOKENS = 1024  # log-probs summed at a time
+PICK_ROWS, PICK_WIDTH = 4, 512  # tile of the targets' logits
+TARGET_ROWS = 128  # rows whose targets' entries are placed at a time: one a thread
+SCALE_BLOCK = 4096  # elements of a gradient multiplied at a time
 # row blocks of one pass of `triton_sparse.kept_weight`, at most 16: a pass reads and writes float32
 # dW; entries are grouped by which of these blocks keep them, and more blocks mean more patterns
 SPAN = 8
@@ -131,6 +134,14 @@ def dtype_class(itemsize: int) -> str:
 def precision() -> str:
     """How `tl.dot` multiplies float32: exactly, unless PyTorch's own matmuls may use TF32."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def sum_precision() -> str:
+    """How `tl.dot` multiplies float32 for a log-sum-exp: three TF32 products where `precision` says
+    one. Triton cuts operands to TF32, the vendor's matmul of a panel rounds them: what the panel's
+    entries are divided by must not be biased against them.
+    """
+    return "tf32x3" if precision() == "tf32" else "ieee"
 
 
 def choose_splits(row_blocks: int, vocab_blocks: int, slots: int, most: int) -> int:

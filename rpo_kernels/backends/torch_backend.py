@@ -17,7 +17,14 @@ from torch import Tensor
 
 from rpo_kernels.losses import LOSSES
 from rpo_kernels.rows import sum_sequences
-from rpo_kernels.spec import Objective, Transform, accumulator_dtype, gathered_rows
+from rpo_kernels.spec import (
+    LN2,
+    Objective,
+    Transform,
+    accumulator_dtype,
+    gathered_rows,
+    target_entry,
+)
 
 LOG2E = math.log2(math.e)
 FLOOR = -60 * LOG2E  # lowest exponent, in base 2
@@ -211,3 +218,54 @@ def tail(
     pairs = torch.stack([value * live, sft, s_c, s_r, beta * c, beta * r], dim=1)
     coef = torch.repeat_interleave(slopes, counts, output_size=logps.shape[0])
     return pairs.to(logps.dtype), coef.to(logps.dtype)
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """`Backend.scale_`; a GPU without Triton multiplies by 1 too."""
+    if factor.device.type != "cpu" or factor != 1:
+        tensor.mul_(factor)
+
+
+def target_logits(
+    hidden: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: Transform,
+    max_bytes: int,
+) -> Tensor:
+    """`Backend.target_logits`, some rows at a time."""
+    found = torch.empty_like(targets, dtype=accumulator_dtype(hidden.dtype))
+    size = max(1, max_bytes // (2 * hidden.shape[1] * (hidden.itemsize + found.itemsize)))
+    for start in range(0, len(targets), size):
+        index = targets[start : start + size]
+        w = weight.index_select(0, index).to(hidden.dtype).to(found.dtype)
+        h = hidden[start : start + size, None].to(found.dtype)
+        x = torch.bmm(h, w[:, :, None]).view(-1)
+        if bias is not None:
+            x += bias.index_select(0, index)
+        found[start : start + size] = transform.logit(x) / LN2
+    return found
+
+
+def put_targets_(panel: Tensor, targets: Tensor, v0: int, values: Tensor) -> None:
+    """`Backend.put_targets_`."""
+    index = targets - v0
+    inside = (index >= 0) & (index < panel.shape[0])
+    index = index.clamp(0, panel.shape[0] - 1)
+    columns = torch.arange(panel.shape[1], device=panel.device)
+    panel[index, columns] = torch.where(inside, values.to(panel.dtype), panel[index, columns])
+
+
+def finish_panel(
+    panel: Tensor,
+    targets: Tensor,
+    shift: Tensor,
+    sums: Tensor,
+    target: Tensor,
+    transform: Transform,
+) -> Tensor:
+    """`Backend.finish_panel`."""
+    logps = (target - sums.log2()) * LN2
+    put_targets_(panel, targets, 0, target_entry(logps, shift, sums, transform))
+    return logps

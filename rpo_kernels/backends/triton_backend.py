@@ -8,21 +8,29 @@ Key: n rows, D hidden size, V vocabulary, p panel entries, B pairs.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rpo_kernels.backends import tiles
 from rpo_kernels.backends import triton_kernels as kernels
-from rpo_kernels.backends.launch import dense, on_device
+from rpo_kernels.backends.launch import base2_factors, dense, on_device
 from rpo_kernels.backends.triton_sparse import kept_products
-from rpo_kernels.backends.triton_tail import tail
+from rpo_kernels.backends.triton_tail import scale_, tail
+from rpo_kernels.backends.triton_targets import finish_panel, put_targets_, target_logits
 from rpo_kernels.spec import Transform
 
-__all__ = ["exp_panel", "kept_products", "lse_and_target", "supports", "tail"]
-LOG2E = math.log2(math.e)
+__all__ = [
+    "exp_panel",
+    "finish_panel",
+    "kept_products",
+    "lse_and_target",
+    "put_targets_",
+    "scale_",
+    "supports",
+    "tail",
+    "target_logits",
+]
 
 
 def supports(hidden: Tensor) -> None:
@@ -53,14 +61,6 @@ def supports(hidden: Tensor) -> None:
 def _config(hidden: Tensor) -> tiles.Config:
     family, kind = tiles.of_device(hidden.device)[0], tiles.dtype_class(hidden.dtype.itemsize)
     return tiles.CONFIGS[family, kind]
-
-
-def _factors(transform: Transform) -> dict[str, float | None]:
-    """``inner`` and ``outer`` of the kernels' base-2 logit."""
-    scale, cap = transform
-    if cap is None:
-        return {"inner": None, "outer": scale * LOG2E}
-    return {"inner": scale / cap, "outer": cap * LOG2E}
 
 
 def _slope(transform: Transform) -> float | None:
@@ -125,7 +125,7 @@ def lse_and_target(
         partials = hidden.new_empty(2, splits, rows, dtype=torch.float32)
         with on_device(hidden):
             kernels.lse_partials[(row_blocks * splits,)](
-                **_operands(h, weight, tile),
+                **_operands(h, weight, tile) | {"PRECISION": tiles.sum_precision()},
                 bias=dense(bias),
                 targets=dense(targets[i : i + step]),
                 partials=partials,
@@ -134,7 +134,7 @@ def lse_and_target(
                 V=vocab,
                 span=blocks * tile.block_v,
                 splits=splits,
-                **_factors(transform),
+                **base2_factors(transform),
                 GROUP=tiles.GROUP_ROWS,
             )
             kernels.lse_merge[(_blocks(rows, tiles.MERGE_ROWS),)](
@@ -178,6 +178,16 @@ def exp_panel(
         launch(hidden, weight, *panel, config.tile)
 
 
+def reach_of(out: Tensor) -> int:
+    """Columns of a panel ``out (p, n)`` that may be written: n, or n rounded up to a multiple of 16
+    if every row of `out` ends there, the last one too.
+    """
+    n, wide = out.shape[1], _blocks(out.shape[1], 16) * 16
+    end = (out.storage_offset() + (out.shape[0] - 1) * out.stride(0) + wide) * out.itemsize
+    fits = out.stride(0) == wide and end <= out.untyped_storage().nbytes()
+    return wide if fits else n
+
+
 def _panel_arguments(
     bias: Tensor | None,
     shift: Tensor,
@@ -189,20 +199,22 @@ def _panel_arguments(
     target: Tensor | None,
 ) -> dict:
     """What both kernels that fill a panel take for its epilogue."""
+    reach = reach_of(out)
     return {
         "bias": dense(bias),
         "shift": dense(shift),
         "targets": dense(targets),
-        "out": out,
+        "out": out.as_strided((out.shape[0], reach), out.stride()),
         "part_sum": part_sum,
         "target": target,
         "n": out.shape[1],
+        "reach": reach,
         "p": out.shape[0],
         "v0": v0,
         "stride_ov": out.stride(0),
         "slope": _slope(transform),
         "enable_fp_fusion": True,
-    } | _factors(transform)
+    } | base2_factors(transform)
 
 
 def exp_panel_fused(

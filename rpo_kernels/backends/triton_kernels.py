@@ -231,9 +231,13 @@ def lse_merge(
 @triton.jit
 def _finish(
     x, v, offs_n, bias, shift, targets, out, target,
-    n, p, v0, stride_ov, inner, outer, slope,
+    n, reach, p, v0, stride_ov, inner, outer, slope,
 ):  # fmt: skip
-    """From ``x (n, v)`` to its tile of the panel and the targets' ``y - shift``; the row sums."""
+    """From ``x (n, v)`` to its tile of the panel and the targets' ``y - shift``; the row sums.
+
+    Columns from n to `reach` get numbers without a meaning: a store that must end at n, not at a
+    multiple of 16, would be one of 2 bytes for each element.
+    """
     offs_v = v + tl.arange(0, x.shape[1])
     mask_v = offs_v < p
     mask_n = offs_n < n
@@ -257,11 +261,12 @@ def _finish(
     elif slope is not None:
         jacobian = slope
     tile = out + offs_v.to(tl.int64)[None, :] * stride_ov + offs_n[:, None]
-    tl.store(tile, (e * jacobian).to(out.dtype.element_ty), mask=mask_n[:, None] & mask_v[None, :])
+    mask = (offs_n < reach)[:, None] & mask_v[None, :]
+    tl.store(tile, (e * jacobian).to(out.dtype.element_ty), mask=mask)
     return tl.sum(tl.where(mask_v[None, :], e, 0.0), 1)
 
 
-@triton.jit(do_not_specialize=["v0"])
+@triton.jit(do_not_specialize=["n", "v0"])
 def exp_fused(
     hidden,  # (n, D)
     weight,  # (p, D)
@@ -272,6 +277,7 @@ def exp_fused(
     part_sum,  # (vocabulary blocks, n) float32 or None
     target,  # (n,) float32 or None
     n,
+    reach,  # columns of out that may be written: at least n, a multiple of 16 if possible
     p,
     v0,
     stride_hn,
@@ -308,13 +314,13 @@ def exp_fused(
         start = v + k * (BLOCK_V // 4)
         total += _finish(
             quarters[k], start, offs_n, bias, shift, targets, out, target,
-            n, p, v0, stride_ov, inner, outer, slope,
+            n, reach, p, v0, stride_ov, inner, outer, slope,
         )  # fmt: skip
     if part_sum is not None:
         tl.store(part_sum + pid_v.to(tl.int64) * n + offs_n, total, mask=offs_n < n)
 
 
-@triton.jit(do_not_specialize=["v0"])
+@triton.jit(do_not_specialize=["n", "v0"])
 def exp_epilogue(
     out,  # (p, n), stride (stride_ov, 1): h . w on entry
     bias,  # (p,) or None
@@ -323,6 +329,7 @@ def exp_epilogue(
     part_sum,  # (vocabulary blocks, n) float32 or None
     target,  # (n,) float32 or None
     n,
+    reach,  # columns of out that may be written: at least n, a multiple of 16 if possible
     p,
     v0,
     stride_ov,
@@ -342,13 +349,13 @@ def exp_epilogue(
     v = tl.program_id(0) * BLOCK_V
     offs_v = (v + tl.arange(0, BLOCK_V)).to(tl.int64)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_n < n)[:, None] & (offs_v < p)[None, :]
+    mask = (offs_n < reach)[:, None] & (offs_v < p)[None, :]
     x = tl.load(out + offs_v[None, :] * stride_ov + offs_n[:, None], mask=mask, other=0.0).to(
         tl.float32
     )
     total = _finish(
         x, v, offs_n, bias, shift, targets, out, target,
-        n, p, v0, stride_ov, inner, outer, slope,
+        n, reach, p, v0, stride_ov, inner, outer, slope,
     )  # fmt: skip
     if part_sum is not None:
         tl.store(part_sum + tl.program_id(0).to(tl.int64) * n + offs_n, total, mask=offs_n < n)

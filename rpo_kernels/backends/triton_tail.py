@@ -1,4 +1,5 @@
-"""The tail of the loss in one Triton kernel: segmented sums, pair losses, metrics, coefficients.
+"""The tail of the loss in one Triton kernel: segmented sums, pair losses, metrics, coefficients;
+and what backward does with the gradients that were made in forward.
 
 The losses are those of `rpo_kernels.losses`, compiled from the same source: a loss function's code
 object with Triton's `exp`, `log`, `where`, ... as its globals.
@@ -142,6 +143,37 @@ def rpo_tail(
     tl.store(row + 5, (beta * r).to(tl.float32))
     _fill_rows(coef, start_c, stop_c, d_c * inv_pairs - d_sft, BLOCK)
     _fill_rows(coef, start_r, stop_r, d_r * inv_pairs, BLOCK)
+
+
+@triton.jit(do_not_specialize=["size"])
+def scale_in_place(tensor, factor, size, BLOCK: tl.constexpr):
+    """``tensor[i] *= factor`` for i < size; reads nothing but the factor where that is 1.
+
+    Grid (programs,), each of which takes every ``programs``-th block.
+    """
+    value = tl.load(factor).to(tl.float32)
+    if value != 1:
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
+            offs = start + tl.arange(0, BLOCK)
+            x = tl.load(tensor + offs, mask=offs < size)
+            scaled = (x.to(tl.float32) * value).to(tensor.dtype.element_ty)
+            tl.store(tensor + offs, scaled, mask=offs < size)
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """`Backend.scale_`: the factor is looked at on the device."""
+    blocks = -(-tensor.numel() // tiles.SCALE_BLOCK)
+    programs = min(blocks, 8 * tiles.of_device(tensor.device)[1])
+    with on_device(tensor):
+        scale_in_place[(programs,)](
+            tensor=tensor,
+            factor=factor,
+            size=tensor.numel(),
+            BLOCK=tiles.SCALE_BLOCK,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
 
 
 def tail(

@@ -26,7 +26,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, scale: floa
     """
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=float(accumulate), alpha=scale, out=out)
-    elif a.is_cuda:
+    elif a.device.type != "cpu":
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=float(accumulate), alpha=scale, out=out)
     else:
         step = max(1, ROUNDED // out.shape[1], min(ROUNDED_ROWS, a.shape[0] // 2, a.shape[1] // 2))
@@ -65,19 +65,10 @@ def scale_of(coef: Tensor, sizes: Tensor | None) -> Tensor:
 def row_factors(coef: Tensor, scale: Tensor | float, sums: Tensor) -> Tensor:
     """``-coef / (scale * S)`` (n,): what rows of H are multiplied by on the way to dW.
 
-    A `coef` 1e20 times smaller than the largest counts as 0: it would add nothing but denormal
-    products, which slow CPUs tenfold.
+    On a CPU a `coef` 1e20 times smaller than the largest counts as 0: it would add nothing but
+    denormal products, which slow CPUs tenfold.
     """
+    if coef.device.type != "cpu":
+        return coef / (sums * -scale)
     scaled = -coef / scale
     return torch.where(scaled.abs() < 1e-20, 0, scaled / sums)
-
-
-def put_targets_(panel: Tensor, targets: Tensor, v0: int, values: Tensor) -> None:
-    """``panel[targets[i] - v0, i] = values[i]`` for the rows whose target lies in the panel ``(p,
-    n)``; no synchronization.
-    """
-    index = targets - v0
-    inside = (index >= 0) & (index < panel.shape[0])
-    index = index.clamp(0, panel.shape[0] - 1)
-    columns = torch.arange(panel.shape[1], device=panel.device)
-    panel[index, columns] = torch.where(inside, values.to(panel.dtype), panel[index, columns])

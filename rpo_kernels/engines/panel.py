@@ -14,27 +14,27 @@ rows of the matmuls' small operands instead.
 A log-sum-exp is kept as the pair ``(c, S)``, in `recompute` too: as one float32 number it would
 round to eps * |z|, and so would every probability.
 
-``c`` is the log-sum-exp over the first `PROBE` vocabulary entries and the target, which keeps S
-moderate: a large one would turn far tails into denormal products with 1 / S. A row whose largest
-logit lies more than about 60 above ``c`` could overflow: `overflowed` then says so, and the caller
-fills again with ``exact=True``, whose ``c`` is the log-sum-exp over all entries (1U more). fp16
-starts there (`starts_exact`), because its exponents are too short for anything but probabilities.
+``c`` is the log-sum-exp over the first `PROBE` vocabulary entries, or the target's logit if that is
+larger, which keeps S moderate: a large one would turn far tails into denormal products with 1 / S.
+A row whose largest logit lies more than about 60 above ``c`` could overflow: `overflowed` then says
+so, and the caller fills again with ``exact=True``, whose ``c`` is the log-sum-exp over all entries
+(1U more). fp16 starts there (`starts_exact`), because its exponents are too short for anything but
+probabilities.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rpo_kernels.backends import Backend
-from rpo_kernels.engines.matmul import put_targets_, rounds_products
+from rpo_kernels.engines.matmul import rounds_products
 from rpo_kernels.rows import Rows
-from rpo_kernels.spec import Head, Transform, accumulator_dtype
+from rpo_kernels.spec import Head
 
-LN2 = math.log(2)
 PROBE = 512  # vocabulary entries that the guess of the largest logit looks at
 MAX_SUM = 2.0**86
 ALIGN = 16  # rows, so that GPUs load 16 bytes at a time
@@ -122,46 +122,37 @@ def fill_panel(
     h = rows.take(hidden, 0, n).to(head.dtype)
     step = stride(n, hidden.device)
     values = buffer[: vocab * step].view(vocab, step)[:, :n]
-    none = torch.full_like(rows.targets, -1)
-    guess = empty_sum(h[:, 0].to(accumulator_dtype(head.dtype)))
+    none, room = torch.full_like(rows.targets, -1), slack(max_bytes)
+    logs = []
     for _, weight, bias in head.panels() if exact else [next(head.panels(PROBE))]:
         low, part, _ = backend.lse_and_target(h, weight, bias, none, head.transform, max_bytes // 8)
-        guess = merge(guess, (low, part))
-    if not exact:
-        logits = target_logits(h, rows.targets, head, slack(max_bytes)) / LN2
-        guess = merge(guess, (logits, torch.ones_like(logits)))
-    shift, _ = normalized(*guess)
+        logs.append(low + part.log2())
+    if exact:
+        shift = functools.reduce(torch.logaddexp2, logs)
+    else:
+        targets = backend.target_logits(
+            h, rows.targets, head.weight, head.bias, head.transform, room
+        )
+        shift = torch.maximum(logs[0], targets)
     sums, target = torch.zeros_like(shift), torch.zeros_like(shift)
     for v0, weight, bias in head.panels():
         backend.exp_panel(
             h, weight, bias, shift, rows.targets, v0, head.transform,
             out=values[v0 : v0 + weight.shape[0]],
-            sums=sums, target=target, max_bytes=slack(max_bytes),
+            sums=sums, target=target, max_bytes=room,
         )  # fmt: skip
-    sums, target = with_exact_targets(h, rows.targets, head, shift, sums, target, slack(max_bytes))
-    logps = (target - sums.log2()) * LN2
-    put_targets_(values, rows.targets, 0, target_entry(logps, shift, sums, head.transform))
+    sums, target = with_exact_targets(
+        h, rows.targets, head, backend, shift, sums, target, max_bytes=room
+    )
+    logps = backend.finish_panel(values, rows.targets, shift, sums, target, head.transform)
     return Panel(rows, h, values, logps, shift, sums)
-
-
-def target_logits(h: Tensor, targets: Tensor, head: Head, max_bytes: int) -> Tensor:
-    """The targets' logits (n,), products summed in float32 (float64) whatever the device."""
-    found = torch.empty_like(targets, dtype=accumulator_dtype(head.dtype))
-    size = max(1, max_bytes // (2 * h.shape[1] * (h.element_size() + found.element_size())))
-    for start in range(0, len(targets), size):
-        index = targets[start : start + size]
-        weight = head.weight.index_select(0, index).to(head.dtype).to(found.dtype)
-        x = torch.bmm(h[start : start + size, None].to(found.dtype), weight[:, :, None]).view(-1)
-        if head.bias is not None:
-            x += head.bias.index_select(0, index)
-        found[start : start + size] = head.transform.logit(x)
-    return found
 
 
 def with_exact_targets(
     h: Tensor,
     targets: Tensor,
     head: Head,
+    backend: Backend,
     shift: Tensor,
     sums: Tensor,
     target: Tensor,
@@ -174,11 +165,6 @@ def with_exact_targets(
     """
     if not rounds_products(h):
         return sums, target
-    exact = target_logits(h, targets, head, max_bytes) / LN2 - shift
+    logits = backend.target_logits(h, targets, head.weight, head.bias, head.transform, max_bytes)
+    exact = logits - shift
     return (sums - target.exp2()).clamp_(min=0) + exact.exp2(), exact
-
-
-def target_entry(logps: Tensor, shift: Tensor, sums: Tensor, transform: Transform) -> Tensor:
-    """``S * (p - 1) * dz/dx`` of every row's target, (n,)."""
-    logit = logps + (shift + sums.log2()) * LN2
-    return sums * torch.expm1(logps) * transform.slope(logit)

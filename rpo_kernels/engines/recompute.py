@@ -32,7 +32,7 @@ from rpo_kernels.backends import Backend
 from rpo_kernels.engines import skipping
 from rpo_kernels.engines.matmul import matmul_into
 from rpo_kernels.engines.panel import (
-    LN2,
+    ALIGN,
     capacity,
     empty_sum,
     fill_panel,
@@ -45,8 +45,8 @@ from rpo_kernels.engines.panel import (
     with_exact_targets,
 )
 from rpo_kernels.engines.terms import Saved, terms_of
-from rpo_kernels.rows import Rows
-from rpo_kernels.spec import Head, accumulator_dtype, gathered_rows
+from rpo_kernels.rows import Rows, send
+from rpo_kernels.spec import LN2, Head, accumulator_dtype, gathered_rows
 
 
 def forward(
@@ -72,7 +72,7 @@ def forward(
             # every panel has a shift of its own: bring both to the larger one
             before, found = found, merge(found, (shift, sums))
             target = torch.where(inside, y + (shift - found[0]), target + (before[0] - found[0]))
-        sums, target = with_exact_targets(h, targets, head, *found, target, max_bytes // 2)
+        sums, target = with_exact_targets(h, targets, head, backend, *found, target, max_bytes // 2)
         logps[start:stop] = (target - sums.log2()) * LN2
         norm[start:stop] = torch.stack(normalized(found[0], sums), 1)
     return logps, norm
@@ -142,9 +142,7 @@ def skipped_share(coef: Tensor, offsets: list[int], mass: Tensor | None) -> Tens
     """
     if mass is None:
         return coef.new_zeros(())
-    firsts = coef.new_tensor(
-        [start for start, _ in skipping.split_rows(offsets)], dtype=torch.int64
-    )
+    firsts = send([start for start, _ in skipping.split_rows(offsets)], coef.device)
     dropped, total = (mass * coef[firsts].abs()).sum(1)
     return dropped / total.clamp(min=1e-37)
 
@@ -155,16 +153,24 @@ def _shape(
     """Rows and vocabulary entries of a panel, so that the panel and its operands fit `max_bytes`.
 
     A CPU wants panels that stay in its cache, and in half precision larger ones, because each
-    product is rounded; a GPU wants them as large as the budget allows.
+    product is rounded; a GPU wants them as large as the budget allows, and aligned.
     """
     acc, max_bytes = max(4, itemsize), max_bytes - slack(max_bytes)
     per_row = width * (2 * itemsize + acc)  # H chunk, g * H chunk, the product for dH
-    n = max(1, min(total, 4096 if on_cpu else 65536, max_bytes // 3 // per_row))
-    per_entry = n * (itemsize + (0 if on_cpu else acc)) + width * (itemsize + 2 * acc)
+    n = _aligned(max(1, min(4096 if on_cpu else 65536, max_bytes // 3 // per_row)), total, on_cpu)
+    columns = n if on_cpu else -(-n // ALIGN) * ALIGN
+    per_entry = columns * (itemsize + (0 if on_cpu else acc)) + width * (itemsize + 2 * acc)
     p = max(1, (max_bytes - n * per_row) // per_entry)
     if on_cpu:
         p = min(p, 1024 if itemsize >= 4 else 8192)
-    return n, min(vocab, p)
+    return n, _aligned(p, vocab, on_cpu)
+
+
+def _aligned(size: int, whole: int, on_cpu: bool) -> int:
+    """At most `size`, so that every part of `whole` begins at a multiple of `ALIGN`: on GPUs."""
+    if size >= whole:
+        return max(whole, 1)
+    return size if on_cpu or size < ALIGN else size // ALIGN * ALIGN
 
 
 def backward(
@@ -194,7 +200,7 @@ def backward(
     blank = torch.empty_like if total else torch.zeros_like
     d_weight = blank(head.weight) if need_w else None
     d_bias = blank(head.bias) if need_b and head.bias is not None else None
-    panel_buffer = hidden.new_empty(p * n, dtype=head.dtype)
+    panel_buffer = hidden.new_empty(p * stride(n, hidden.device), dtype=head.dtype)
     chunks = list(rows.chunks(n))
     direct = len(chunks) == 1 and (head.weight.dtype == head.dtype)  # one matmul makes dW[panel]
     dw_buffer = hidden.new_empty(p if need_w and not direct else 0, width, dtype=acc_dtype)
@@ -205,7 +211,8 @@ def backward(
             if v0 == 0 or len(chunks) > 1:  # a single chunk serves all panels
                 h = rows.take(hidden, start, stop)
                 chunk = terms.chunk(h, slice(start, stop), head.dtype)
-            out = panel_buffer[: size * (stop - start)].view(size, stop - start)
+            step = stride(stop - start, hidden.device)
+            out = panel_buffer[: size * step].view(size, step)[:, : stop - start]
             panel = chunk.panel(
                 out, v0, weight, bias, head.transform, backend, max_bytes=slack(max_bytes)
             )
@@ -262,7 +269,8 @@ def backward_skipping(
             chosen = index[v0 : v0 + size]
             weight = head.weight.index_select(0, chosen).to(head.dtype)
             bias = None if head.bias is None else head.bias[chosen]
-            out = weight.new_empty(chosen.shape[0], h.shape[0])
+            step = stride(h.shape[0], h.device)
+            out = weight.new_empty(chosen.shape[0], step)[:, : h.shape[0]]
             panel = chunk.panel(out, v0, weight, bias, head.transform, backend)
             if d_rows is not None:
                 matmul_into(d_part, panel.t(), weight, accumulate=True)

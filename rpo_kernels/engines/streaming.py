@@ -134,6 +134,9 @@ class Sweep:
         settings: Settings,
         exact: bool,
     ):
+        if rows.positions is None and len(chunks) > 1:
+            numbers = torch.arange(rows.targets.shape[0], device=hidden.device)
+            rows = rows._replace(positions=numbers)
         self.hidden, self.rows, self.head, self.backend = hidden, rows, head, backend
         self.max_bytes, self.exact = settings.max_bytes, exact
         self.needs, self.tolerance = settings.needs, settings.tolerance
@@ -143,7 +146,7 @@ class Sweep:
         self.buffer = hidden.new_empty(size, dtype=head.dtype)
         self.d_hidden = torch.zeros_like(hidden) if self.needs[0] else None
         self.totals = self.new_sums(single=len(chunks) == 1 and not self.tolerance)
-        self.worst = hidden.new_zeros((), dtype=self.acc)
+        self.sums: list[Tensor] = []  # of every panel
         self.mass = hidden.new_zeros(2, dtype=self.acc)  # dropped, total
 
     def new_sums(self, single: bool = False) -> Sums:
@@ -158,26 +161,24 @@ class Sweep:
 
     def fill(self, chunk: list[tuple[int, int]]) -> Panel:
         """Fill the panel for the rows in `chunk`."""
-        rows, device = self.rows, self.hidden.device
+        rows = self.rows
         if sum(stop - start for start, stop in chunk) < rows.targets.shape[0]:
-            ranges = [torch.arange(start, stop, device=device) for start, stop in chunk]
-            rows = rows.subset(torch.cat(ranges))
+            rows = rows.ranges(chunk)
         panel = fill_panel(
             self.hidden, rows, self.head, self.backend, self.max_bytes, self.exact, self.buffer
         )
-        if rows.targets.shape[0]:
-            self.worst = torch.maximum(self.worst, panel.sums.amax())
+        self.sums.append(panel.sums)
         return panel
 
     def matmuls(self, panel: Panel, coef: Tensor, sums: Sums) -> Tensor | None:
-        """Add ``E @ (-coef / S * H)`` to `sums`; return ``(P - onehot)^T @ W``, (n, D), if hidden
-        needs it: 2U.
+        """Add ``E @ (-coef / S * H)`` to `sums`; return ``E^T @ W``, (n, D), if hidden needs it:
+        2U.
         """
         scale, sizes = 1.0, row_sizes(panel.h, self.head)
         if sizes is not None or coef.device.type == "cpu":  # it synchronizes GPUs: only for fp16
             scale = scale_of(coef, sizes).item()
         factors, dtype = row_factors(coef, scale, panel.sums), panel.h.dtype
-        scaled = (panel.h * factors[:, None]).to(dtype)
+        scaled = torch.mul(panel.h, factors[:, None], out=torch.empty_like(panel.h))
         d_rows = self.hidden.new_empty(panel.h.shape, dtype=self.acc) if self.needs[0] else None
         if self.tolerance and coef.numel():
             keep = self.kept_entries(panel, coef)
@@ -197,7 +198,7 @@ class Sweep:
                 sums.weight.add(panel.values, scaled, scale)
             if sums.bias is not None:
                 sums.bias.add(panel.values, factors[:, None].to(dtype), scale)
-        return None if d_rows is None else d_rows.div_(panel.sums[:, None])
+        return d_rows
 
     def kept_entries(self, panel: Panel, coef: Tensor) -> Tensor:
         """The entries (blocks, V) that matter for a panel; adds to the certificate."""
@@ -208,14 +209,13 @@ class Sweep:
         self.mass = self.mass + torch.stack([mass.sum() for mass in masses])
         return keep
 
-    def put_hidden(self, rows: Rows, d_rows: Tensor | None, coef: Tensor | None = None) -> None:
-        """Write ``-coef * d_rows`` (n, D) to the rows' places in the gradient of hidden; without
-        `coef` the rows as they are.
-        """
+    def put_hidden(self, rows: Rows, d_rows: Tensor | None, factor: Tensor) -> None:
+        """Write ``factor (n,) * d_rows (n, D)`` to the rows' places in the gradient of hidden."""
         if d_rows is None or self.d_hidden is None:
             return
-        values = d_rows if coef is None else d_rows.mul_(-coef[:, None])
-        values = values.to(self.d_hidden.dtype)
+        same = d_rows.dtype == self.d_hidden.dtype
+        out = d_rows if same else torch.empty_like(d_rows, dtype=self.d_hidden.dtype)
+        values = torch.mul(d_rows, factor[:, None], out=out)
         if rows.positions is None:
             self.d_hidden.copy_(values)
         else:
@@ -226,7 +226,8 @@ class Sweep:
         panel = self.fill(group.chunks[0])
         pairs, coef = pair_loss(group.first, group.last, panel.logps)
         if any(self.needs):
-            self.put_hidden(panel.rows, self.matmuls(panel, coef, self.totals), coef)
+            d_rows = self.matmuls(panel, coef, self.totals)
+            self.put_hidden(panel.rows, d_rows, -coef / panel.sums)
         return pairs
 
     def long_pair(self, group: Group, pair_loss: PairLoss, chosen_rows: int) -> Tensor:
@@ -243,8 +244,10 @@ class Sweep:
                 ones = torch.ones_like(panel.logps)
                 d_rows = self.matmuls(panel, ones, sides[at >= chosen_rows])
             if d_rows is not None and d_rows.dtype == self.hidden.dtype:
-                self.put_hidden(panel.rows, d_rows)  # waits there, unscaled
+                self.put_hidden(panel.rows, d_rows, 1 / panel.sums)  # waits there
                 d_rows = None
+            elif d_rows is not None:
+                d_rows.div_(panel.sums[:, None])
             parts.append((panel.rows, d_rows, panel.logps, self.mass))
             at += panel.logps.shape[0]
         pairs, coef = pair_loss(group.first, group.last, torch.cat([part[2] for part in parts]))
@@ -253,7 +256,7 @@ class Sweep:
             masses.append(mass * coef[at].abs())
             if d_rows is None and self.d_hidden is not None:
                 d_rows = rows.take(self.d_hidden, 0, len(logps))
-            self.put_hidden(rows, d_rows, coef[at : at + len(logps)])
+            self.put_hidden(rows, d_rows, -coef[at : at + len(logps)])
             at += len(logps)
         self.mass = torch.stack(masses).sum(0)
         for side, row in zip(sides, (0, chosen_rows), strict=True):
@@ -302,7 +305,7 @@ def loss_and_grads(
             chosen_rows = offsets[group.last] - offsets[group.first]
             tables.append(sweep.long_pair(group, pair_loss, chosen_rows))
     # one look for the whole sweep: a look at every panel would wait for the GPU each time
-    if not exact and rows.targets.shape[0] and overflowed(sweep.worst):
+    if not exact and rows.targets.shape[0] and overflowed(torch.cat(sweep.sums)):
         del sweep
         return loss_and_grads(hidden, rows, offsets, head, backend, pair_loss, settings, exact=True)
     if not tables:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from rpo_kernels.backends import Backend
-from rpo_kernels.engines.matmul import put_targets_, row_factors, row_sizes, scale_of
-from rpo_kernels.engines.panel import target_entry
+from rpo_kernels.engines.matmul import row_factors, row_sizes, scale_of
 from rpo_kernels.rows import Rows
-from rpo_kernels.spec import Head, Transform
+from rpo_kernels.spec import Head, Transform, target_entry
 
 
 class Saved(NamedTuple):
@@ -54,7 +53,7 @@ class Chunk(NamedTuple):
         """Fill `out` (p, n) with E of the entries `weight` (p, D), `bias` (p,) from `v0` on."""
         h, shift, targets = self.h, self.shift, self.targets
         backend.exp_panel(h, weight, bias, shift, targets, v0, transform, out, max_bytes=max_bytes)
-        put_targets_(out, targets, v0, self.entry)
+        backend.put_targets_(out, targets, v0, self.entry)
         return out
 
 
@@ -83,7 +82,7 @@ def terms_of(saved: Saved, hidden: Tensor, rows: Rows, head: Head) -> Terms:
     """The terms of the kept `rows` of `hidden` (M, D), before any panel is filled."""
     total = rows.targets.shape[0]
     grad, logps, norm = (rows.take(x, 0, total) for x in saved)
-    shift, sums = norm.unbind(1)
+    shift, sums = norm.t().contiguous().unbind()  # kernels read them panel after panel
     sizes = row_sizes(hidden, head)
     scale = scale_of(grad, None if sizes is None else rows.take(sizes, 0, total))
     return Terms(

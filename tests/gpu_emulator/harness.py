@@ -36,7 +36,7 @@ def gpu(sm: int, **options):
         sm: compute capability, 80, 86 or 90.
         options: those of `EmulatedDriver`.
     """
-    from rpo_kernels import api
+    from rpo_kernels import strategy
     from rpo_kernels.backends import tiles, triton_backend
     from rpo_kernels.engines import matmul, panel, recompute, streaming
 
@@ -46,7 +46,7 @@ def gpu(sm: int, **options):
     changes = [
         (tiles, "of_device", lambda device: family),
         (triton_backend, "supports", supports),
-        (api, "CPU_WORKSPACE_MB", api.GPU_WORKSPACE_MB),
+        (strategy, "CPU_WORKSPACE_MB", strategy.GPU_WORKSPACE_MB),
         (recompute, "_shape", lambda *arguments: shape(*arguments[:-1], False)),
         *((m, "rounds_products", lambda x: False) for m in (matmul, panel)),
         *((m, "matmul_into", float32_products) for m in (matmul, recompute, streaming)),
