@@ -14,7 +14,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = ROOT.parent / "shared" / "data" / "mtbench_preferences.jsonl"
-FALLBACK = ROOT / "trainer" / "data" / "demo_train.jsonl"
+FALLBACK = ROOT / "trainer" / "recipes" / "demo_train.jsonl"
 CACHE = ROOT / "outputs" / "benchmark_inputs"
 IGNORE = -100
 

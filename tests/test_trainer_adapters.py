@@ -36,7 +36,6 @@ from trainer.model import head
 from trainer.model.adapters import add_adapters, quantization, switched_off
 from trainer.model.head import fuse_lm_head
 from trainer.model.loading import load_model
-from trainer.parallel.distributed import shard
 from trainer.reference.cache import model_key
 from trainer.reference.modes import lookup, scorer
 
@@ -178,12 +177,6 @@ def test_modules_that_cannot_be_adapted_are_refused(tied, fields, message):
     policy, _ = tiny_policy(tiny_llama(tied))
     with pytest.raises(InputError, match=message):
         add_adapters(policy.model, tiny_config(use_peft=True, **fields))
-
-
-def test_adapters_are_not_sharded():
-    policy, accelerator = adapted()
-    with pytest.raises(InputError, match="use_peft: expected false with FSDP"):
-        shard(policy, accelerator)
 
 
 def test_frozen_weights_may_be_bfloat16(tmp_path):

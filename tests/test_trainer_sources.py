@@ -234,7 +234,9 @@ def test_folders_and_globs_are_their_files_in_order(folder, monkeypatch):
     assert find_files(str(folder / "[x].jsonl")) == [str(folder / "[x].jsonl")]
     monkeypatch.chdir(folder)
     assert find_files("more") == ["more/c.jsonl"]
-    assert len(find_files("trainer/data/*.jsonl")) == 2  # in the repository, as recipes name them
+    assert (
+        len(find_files("trainer/recipes/*.jsonl")) == 2
+    )  # in the repository, as recipes name them
     fields = {"model_name_or_path": "m", "train_file": ["more", "?.jsonl"]}
     rows, _ = read_splits(RunConfig(**fields, train_weights=[1, 0.5]))["train"]
     assert len(rows) == 2 + 2  # a glob is one source

@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.driver import expand_signature
 from triton.runtime.cache import get_cache_manager
+
+try:
+    from triton.backends.driver import expand_signature
+except ImportError:  # before Triton 3.8 each backend has its own, beside what needs libcuda
+    expand_signature = None
 
 
 class LaunchError(RuntimeError):
@@ -113,8 +117,8 @@ class Launcher:
         self.metadata = metadata
         self.signature = list(src.signature.items())
         self.descriptors = list(getattr(metadata, "tensordesc_meta", None) or [])
-        # raises if a type is unknown, as the real launcher would
-        expand_signature(tuple(v for _, v in self.signature), self.descriptors, "nvTmaDesc")
+        if expand_signature:  # raises if a type is unknown, as the real launcher would
+            expand_signature(tuple(v for _, v in self.signature), self.descriptors, "nvTmaDesc")
         group = get_cache_manager(metadata.hash).get_group(f"{metadata.name[:150]}.json")
         if group is None:
             group = get_cache_manager(metadata.hash).get_group(f"{src.name[:150]}.json")
