@@ -281,6 +281,8 @@ OTHERWISE = [
     (compressed("nvfp4-pack-quantized", 4, "float", "group"), {}, "got 1 in nvfp4-pack-quantized"),
     (compressed("dense", 8, "int", "channel"), {}, "got 1 in dense, sparsity dense; give the unqu"),
     (READ["compressed fp8"][1] | {"config_groups": {}}, {}, "got 0 in float-quantized"),
+    (READ["compressed fp8"][1] | {"config_groups": [1]}, {}, "got 0 in float-quantized"),
+    (READ["compressed fp8"][1] | {"config_groups": {"a": None}}, {}, "got 0 in float-quantized"),
     (READ["compressed fp8"][1] | {"sparsity_config": {"format": "sparse-24"}}, {}, "sparsity spar"),
     (
         READ["compressed fp8"][1] | {"transform_config": {"a": 1}},
