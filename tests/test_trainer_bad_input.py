@@ -177,6 +177,7 @@ BAD = [
         "reference: expected one of precomputed, online, adapter, none",
     ),
     (fields, {"lora_r": 0, "use_peft": True}, "lora_r: expected an integer >= 1, got 0"),
+    (fields, {"date": "0999-01-01"}, "date: expected null or a day as 2026-11-26, got 0999-01-01"),
     (fields, {"lora_alpha": 0, "use_peft": True}, "lora_alpha: expected a number > 0, got 0.0"),
     (
         fields,

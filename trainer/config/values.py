@@ -27,7 +27,8 @@ OF_THE_CALLER = ("conversation", "messages", "tools", "chat_template", "add_gene
 
 def _is_day(text: str) -> bool:
     try:
-        return datetime.date.fromisoformat(text).isoformat() == text
+        day = datetime.date.fromisoformat(text)
+        return day.isoformat() == text and day.year >= 1000  # %Y writes earlier ones in less digits
     except ValueError:
         return False
 
@@ -215,7 +216,8 @@ def convert(value: object, kind: object) -> object:
             raise ValueError(not_among(value, tuple(choices)))
         return choices[str(value).lower()]
     if typing.get_origin(kind) is tuple:
-        values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+        values = value if isinstance(value, list | tuple) else [value]
+        values = [] if list(values) in ([None], ["null"]) else values  # the latter a command line's
         return tuple(convert(v, typing.get_args(kind)[0]) for v in values)
     if typing.get_origin(kind) is dict:
         return _mapping(value)
