@@ -246,12 +246,12 @@ def _load_weights(source: str, config: RunConfig, **options: object) -> PreTrain
     settings = read_config(source, config.gguf_file)
     if config.gguf_file is None:
         options |= quantized.read_as(settings, config)
-        block = quantized.stored_quantization(settings).get("weight_block_size")
+        stored = quantized.stored_quantization(settings)
     elif hasattr(transformers, "GgufConfig"):  # where it is known it may keep weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with told(f"cannot load a model from {source}"):
         if config.gguf_file is None and Path(source).is_dir():
-            weights.refuse_unclear(Path(source), source, block)
+            weights.refuse_unclear(Path(source), source, stored)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=settings,
@@ -269,7 +269,7 @@ def _load_weights(source: str, config: RunConfig, **options: object) -> PreTrain
             weights.refuse_dropped(model, Path(cached_file(source, config.gguf_file)))
         elif not Path(source).is_dir():  # a hub id, whose files are here only now
             folder = Path(cached_file(source, "config.json")).parent
-            weights.refuse_unclear(folder, source, block)
+            weights.refuse_unclear(folder, source, stored)
         _untie(model)
         return _plain(model, config) if quantized.is_dequantized(settings, config) else model
 

@@ -84,7 +84,7 @@ def refuse_bad_numbers(model: PreTrainedModel, source: str) -> None:
             )
 
 
-def refuse_unclear(folder: Path, source: str, block: tuple[int, int] | None) -> None:
+def refuse_unclear(folder: Path, source: str, quantization: dict) -> None:
     """Refuse files of which it is not clear which numbers, or what they mean, would be trained on.
 
     Names, types and shapes alone are read.
@@ -92,13 +92,15 @@ def refuse_unclear(folder: Path, source: str, block: tuple[int, int] | None) -> 
     Args:
         folder: where the files are.
         source: what the user gave for it.
-        block: rows and columns that share a scale, where the config says so.
+        quantization: what the config says of it, empty for plain weights.
 
     Raises:
         InputError: two files hold the same weight; one stands without its scale, or in blocks that
-            do not fill it.
+            do not fill it or of an unknown size.
     """
     stored = _read_headers(folder, source)
+    _refuse_lost_parts(stored, source, quantization)
+    block = quantization.get("weight_block_size")
     for name, (kind, shape) in stored.items():
         if kind in PLAIN.values() or not name.endswith((".weight", "_proj")):
             continue
@@ -107,6 +109,13 @@ def refuse_unclear(folder: Path, source: str, block: tuple[int, int] | None) -> 
         scale = next((stored[n][1] for n in names if n in stored), None)
         if scale is None:
             raise InputError(_unscaled(source, name, kind))
+        parts_of = [1 < parts < size for size, parts in zip(shape, scale, strict=False)]
+        if not block and quantization.get("quant_method") == "fp8" and any(parts_of):
+            raise InputError(
+                f"model_name_or_path: {source} holds {name} {tuple(shape)} with {tuple(scale)} "
+                "scales, and its config does not say of how large blocks; add weight_block_size to "
+                "its quantization_config"
+            )
         if block and len(scale) == 2 and len(shape) == 2:
             ragged = any(
                 parts > 1 and size != parts * side
@@ -118,6 +127,25 @@ def refuse_unclear(folder: Path, source: str, block: tuple[int, int] | None) -> 
                     f"{tuple(block)}, which transformers dequantizes wrongly where a block is cut; "
                     "give the unquantized model"
                 )
+
+
+def _refuse_lost_parts(stored: dict, source: str, quantization: dict) -> None:
+    """Refuse compressed-tensors' weights without all that gives them back."""
+    if quantization.get("quant_method") != "compressed-tensors":
+        return
+    groups = quantization["config_groups"].values()
+    shifted = any(not (g.get("weights") or {}).get("symmetric", True) for g in groups)
+    for name in stored:
+        module, _, end = name.rpartition(".")
+        needed = {"weight_packed": ["weight_scale", "weight_shape"]}.get(end, [])
+        if end == "weight_scale" and shifted:
+            needed = ["weight_zero_point"]
+        lost = next((f"{module}.{part}" for part in needed if f"{module}.{part}" not in stored), "")
+        if lost:
+            raise InputError(
+                f"model_name_or_path: {source} holds {name} without {lost}, so what its numbers "
+                "mean is not known; give the unquantized model"
+            )
 
 
 def refuse_dropped(model: PreTrainedModel, file: Path) -> None:
