@@ -177,6 +177,7 @@ BAD = [
         "reference: expected one of precomputed, online, adapter, none",
     ),
     (fields, {"lora_r": 0, "use_peft": True}, "lora_r: expected an integer >= 1, got 0"),
+    (fields, {"date": "0999-01-01"}, "date: expected null or a day as 2026-11-26, got 0999-01-01"),
     (fields, {"lora_alpha": 0, "use_peft": True}, "lora_alpha: expected a number > 0, got 0.0"),
     (
         fields,
@@ -234,9 +235,10 @@ BAD = [
         "lr_scheduler_type: expected constant_with_warmup where warmup_ratio is given",
     ),
     # What the loss does not define.
-    (fields, {"loss_type": "dpo"}, "loss_type: expected one of sigmoid, robust"),
     (fields, {"loss_type": "Sigmoid"}, "got 'Sigmoid'; did you mean sigmoid?"),
     (fields, {"loss_type": "simp0", "reference": "none"}, "got 'simp0'; did you mean simpo?"),
+    (fields, {"loss_type": "dpo"}, "got 'dpo'; did you mean sigmoid?"),
+    (fields, {"loss_type": "RPO"}, "got 'RPO'; did you mean sigmoid (with eta, its SFT term)?"),
     (fields, {"dtype": "bf16"}, "got 'bf16'; did you mean bfloat16?"),
     (fields, {"beta": 1e39}, "beta: expected a finite number > 0 in float32, got 1e+39"),
     (fields, {"eta": 1e39}, "eta: expected a finite number >= 0 in float32"),
@@ -248,6 +250,11 @@ BAD = [
         before_start,
         {"model_name_or_path": "package:no_such_package"},
         "'no_such_package' is not installed; install it",
+    ),
+    (
+        before_start,
+        {"model_name_or_path": "package:torch/a.gguf"},
+        "expected package:NAME, got package:torch/a.gguf; give package:torch and gguf_file a.gguf",
     ),
     (
         before_start,

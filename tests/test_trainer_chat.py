@@ -324,6 +324,9 @@ def test_a_run_resumed_tomorrow_is_the_same_run(dated, tmp_path, monkeypatch, ca
 
     set_clock(monkeypatch, "2026-03-05")
     words = [*dated, "--output_dir", str(cut), "--resume_from_checkpoint", "auto"]
+    capsys.readouterr()
+    run.run(parse_config([*words, "--dry_run"]))  # shows what goes on, not what would begin
+    assert "the chat template writes the date: 2026-03-04" in capsys.readouterr().out
     run.run(parse_config(words))
     ours, theirs = outcome(cut), outcome(whole)
     assert ours[:2] == theirs[:2] and "Today is 04 Mar 2026" in ours[1]

@@ -72,6 +72,11 @@ def test_the_command_line_overrides_the_recipe():
     assert parse_config(["--train_file", "a.jsonl", "b.jsonl"]).train_file == ("a.jsonl", "b.jsonl")
 
 
+def test_the_command_line_takes_a_recipe_s_value_back():
+    taken = parse_config(["--eval_file", "null", "--sample_prompts", "0", "--max_length", "99"])
+    assert parse_config([]).eval_file and taken.eval_file == ()
+
+
 def test_another_model_or_training_set_drops_what_described_the_old_one():
     assert parse_config(["--model_name_or_path", "x"]).gguf_file is None
     assert parse_config(["--train_file", "x.jsonl"]).eval_file == ()

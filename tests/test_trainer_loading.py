@@ -85,10 +85,44 @@ def reward_model(folder):
     AutoModelForSequenceClassification.from_config(settings).save_pretrained(folder)
 
 
-def lost_shard(folder):
+def shards(folder):
     (folder / "model.safetensors").unlink()
     tiny_llama(tied=False).save_pretrained(folder, max_shard_size="20KB")
-    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def twice(folder):
+    first, second, *_ = shards(folder)
+    copy = {name: torch.randn_like(value) for name, value in load_file(first).items()}
+    save_file(copy | load_file(second), second, {"format": "pt"})
+
+
+def strangely_named(folder):
+    """Shards in 8 bits that only the index names."""
+    held = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(held | {UP: held[UP].to(torch.float8_e4m3fn)}, folder / "part.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(held, "part.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def two_models(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    shards(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+
+
+def pickled_as(kind):
+    def damage(folder):
+        held = load_file(folder / "model.safetensors")
+        torch.save(held | {UP: held[UP].to(kind)}, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+
+    return damage
+
+
+def lost_shard(folder):
+    shards(folder)[1].unlink()
 
 
 def no_head(folder):
@@ -148,6 +182,30 @@ DAMAGED = {
     "8 bits": (
         edit(lambda t: t | {UP: t[UP].to(torch.float8_e4m3fn)}),
         f"holds {UP} as F8_E4M3 without a scale",
+    ),
+    "8 bits in a strange file": (strangely_named, f"holds {UP} as F8_E4M3 without a scale"),
+    "pickled 8 bits": (pickled_as(torch.float8_e4m3fn), f"holds {UP} as torch.float8_e4m3fn with"),
+    "pickled integers": (pickled_as(torch.int8), f"holds {UP} as torch.int8 without a scale"),
+    "16 bits": (
+        edit(lambda t: t | {UP: torch.ones(64, 32, dtype=torch.int16)}),
+        f"holds {UP} as I16 without a scale",
+    ),
+    "the same weight twice": (
+        twice,
+        r"holds \S+weight.* in both model-00001-of-\d+.safetensors and model-00002-.*not parts",
+    ),
+    "two models": (two_models, "holds two models, one in model.safetensors and one in model-00001"),
+    "part of every tensor": (
+        edit(lambda t: {k: v[: len(v) // 2].contiguous() for k, v in t.items()}),
+        r"21 of another shape \(lm_head.weight \(129, 32\) for \(259, 32\), ",
+    ),
+    "head of another name": (
+        edit(lambda t: {k.replace(HEAD, "output.weight"): v for k, v in t.items()}),
+        r"1 missing .*1 not in the config \(output.weight\); correct its config.json, or save",
+    ),
+    "of another kind": (
+        configure(model_type="granite"),
+        "has model_type granite, but architectures LlamaForCausalLM; correct the wrong one",
     ),
     "quantized, but not in its config": (
         edit(lambda t: t | {UP.replace("weight", "qweight"): t.pop(UP).to(torch.int32)}),
@@ -215,6 +273,18 @@ def test_what_the_folder_does_not_hold_is_not_trained(name, folder):
         assert str(early.value) == str(error.value)
 
 
+def test_a_model_of_the_hub_is_checked_as_a_folder_is(folder, tmp_path, monkeypatch):
+    edit(lambda t: t | {UP: t[UP].to(torch.float8_e4m3fn)})(folder)
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "1"
+    shutil.copytree(folder, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(InputError, match=f"some/model holds {UP} as F8_E4M3 without a scale"):
+        load("some/model")
+
+
 def same(model, other):
     theirs = other.state_dict()
     return all(torch.equal(v, theirs[k]) for k, v in model.state_dict().items())
@@ -238,9 +308,11 @@ def only_head(folder):
 
 SOUND = {
     "as it is": lambda folder: None,
-    "shards": lambda f: (
-        (f / "model.safetensors").unlink(),
-        tiny_llama(tied=False).save_pretrained(f, max_shard_size="20KB"),
+    "shards": shards,
+    "tuples for outputs": configure(return_dict=False),
+    "an empty quantization": configure(quantization_config={}),
+    "another file beside": lambda f: save_file(
+        {UP: torch.ones(64, 32, dtype=torch.int8)}, f / "model_quantized.safetensors"
     ),
     "pickled": pickled,
     "a buffer of older releases": add(

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from trainer_tiny import (
     SIZES,
@@ -137,6 +137,25 @@ def on_a_tied_head(folder):
     point(folder, base)
 
 
+def of_kind(config, change=None):
+    """Another adapter on the same base, which `change` may have changed."""
+
+    def replace(folder):
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        (folder / "adapter_model.safetensors").unlink()
+        model = tiny_llama()
+        if change:
+            change(model)
+        adapted = get_peft_model(model, config)
+        adapted.save_pretrained(folder, save_embedding_layers=change is not None)
+        point(folder, base)
+
+    return replace
+
+
+LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+
+
 def wide_base(folder):
     tiny_llama().save_pretrained(folder / "base")
     AutoModelForCausalLM.from_config(
@@ -175,6 +194,26 @@ UNUSABLE = {
     "foreign weight": (
         edit(lambda tensors: tensors | {"base_model.model.score.weight": torch.ones(2)}),
         "is not of this model: 1 of its weights have no counterpart .base_model.model.score",
+    ),
+    "8 bits": (
+        edit(lambda tensors: {k: (100 * v).to(torch.int8) for k, v in tensors.items()}),
+        "holds base_model.* as torch.int8 without a scale, so what",
+    ),
+    "float of 8 bits": (
+        edit(lambda tensors: {k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}),
+        "holds base_model.* as torch.float8_e4m3fn without a scale, so what",
+    ),
+    "prefix": (
+        of_kind(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
+        "is PREFIX_TUNING, which cannot be merged into its base; expected one that changes its we",
+    ),
+    "layers twice": (
+        of_kind(LoraConfig(**LORA, layer_replication=[(0, 2), (1, 2)])),
+        "is LORA with layer_replication, which cannot be merged",
+    ),
+    "more tokens": (
+        of_kind(LoraConfig(**LORA), lambda model: model.resize_token_embeddings(261)),
+        "was trained on a vocabulary of 261 tokens, its base has 259; save the base after resize",
     ),
     "NaN": (edit(with_nan), "holds NaN or infinite numbers in base_model.model.model.layers"),
     "tied head": (on_a_tied_head, "lm_head and input embedding are one weight"),

@@ -250,6 +250,35 @@ def test_fp8_without_its_scale_or_in_cut_blocks_is_refused(tmp_path):
         load(tmp_path / "cut")
 
 
+def test_fp8_in_blocks_of_an_unknown_size_is_refused(tmp_path):
+    write(tmp_path, in_blocks(128, 64), **FP8)
+    with pytest.raises(InputError, match=r"scales, and its config does not say of h"):
+        load(tmp_path)
+
+
+def without(part, quantize):
+    """Tensors of which one is lost."""
+
+    def cut(weight):
+        parts, meant = quantize(weight)
+        return {end: value for end, value in parts.items() if end != part}, meant
+
+    return cut
+
+
+@pytest.mark.parametrize("part", ["weight_zero_point", "weight_scale", "weight_shape"])
+def test_compressed_weights_without_all_their_parts_are_refused(part, tmp_path):
+    need("compressed_tensors")
+    if part == "weight_zero_point":
+        stored = compressed("int-quantized", 8, "int", "channel", symmetric=False)
+        write(tmp_path, by_row(torch.int8, -128, 127), **stored)
+    else:
+        stored = compressed("pack-quantized", 4, "int", "group", group_size=32)
+        write(tmp_path, without(part, packed), **stored)
+    with pytest.raises(InputError, match=rf"holds \S+ without \S+\.{part}, so what its numbers"):
+        load(tmp_path)
+
+
 NOT_READ = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
@@ -281,6 +310,8 @@ OTHERWISE = [
     (compressed("nvfp4-pack-quantized", 4, "float", "group"), {}, "got 1 in nvfp4-pack-quantized"),
     (compressed("dense", 8, "int", "channel"), {}, "got 1 in dense, sparsity dense; give the unqu"),
     (READ["compressed fp8"][1] | {"config_groups": {}}, {}, "got 0 in float-quantized"),
+    (READ["compressed fp8"][1] | {"config_groups": [1]}, {}, "got 0 in float-quantized"),
+    (READ["compressed fp8"][1] | {"config_groups": {"a": None}}, {}, "got 0 in float-quantized"),
     (READ["compressed fp8"][1] | {"sparsity_config": {"format": "sparse-24"}}, {}, "sparsity spar"),
     (
         READ["compressed fp8"][1] | {"transform_config": {"a": 1}},

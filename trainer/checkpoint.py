@@ -53,7 +53,7 @@ FREE = frozenset(
         "per_device_eval_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch",
         "ref_cache_dir", "cpu_threads", "ddp_timeout", "sample_prompts", "max_new_tokens",
         "output_dir", "overwrite_output_dir", "report_to", "save_steps", "save_total_limit",
-        "resume_from_checkpoint", "push_to_hub", "hub_model_id",
+        "resume_from_checkpoint", "push_to_hub", "hub_model_id", "dry_run",
     )
 )  # fmt: skip
 PLAN = "per_device_train_batch_size * gradient_accumulation_steps * processes"

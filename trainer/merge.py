@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config.fields import RunConfig
 from trainer.errors import InputError
 from trainer.model.adapters import ADAPTER_FILE, refuse_tied_adapters
 from trainer.model.loading import load_model, load_tokenizer, locate_model, named, save_model, told
+from trainer.model.weights import PLAIN
 from trainer.paths import open_folder
 
 
@@ -84,9 +86,12 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         InputError: the adapter is of another model, damaged, or of a kind that cannot be merged.
     """
     with told(f"cannot put the adapter in {folder} into its base"):
-        adapted = PeftModel.from_pretrained(model, folder)
-        refuse_tied_adapters(adapted)
         held = load_peft_weights(str(folder), device="cpu")
+        _check_numbers(held, folder)
+        _check_vocabulary(model, held, folder)
+        adapted = PeftModel.from_pretrained(model, folder)
+        _check_kind(adapted, folder)
+        refuse_tied_adapters(adapted)
         needed, known = (
             set(get_peft_model_state_dict(adapted, save_embedding_layers=embeddings))
             for embeddings in (False, True)
@@ -97,13 +102,49 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
                 f"model_name_or_path: the adapter in {folder} is not of this model: "
                 f"{len(differing)} of its weights have no counterpart ({differing[0]})"
             )
-        broken = next((name for name, weight in held.items() if not weight.isfinite().all()), None)
-        if broken:
+        return adapted.merge_and_unload()
+
+
+def _check_numbers(held: dict[str, Tensor], folder: Path) -> None:
+    """Refuse an adapter's weights that are NaN, infinite, or of a type without a meaning alone."""
+    for name, weight in held.items():
+        if weight.dtype not in PLAIN:
+            raise InputError(
+                f"model_name_or_path: the adapter in {folder} holds {name} as {weight.dtype} "
+                "without a scale, so what its numbers mean is not known; save it in float32"
+            )
+        if not weight.isfinite().all():
             raise InputError(
                 f"model_name_or_path: the adapter in {folder} holds NaN or infinite numbers in "
-                f"{broken}; take an earlier one"
+                f"{name}; take an earlier one"
             )
-        return adapted.merge_and_unload()
+
+
+def _check_vocabulary(model: PreTrainedModel, held: dict[str, Tensor], folder: Path) -> None:
+    """Refuse an adapter that brings embeddings of another vocabulary than its base's."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    for path, module in model.named_modules():
+        weight = held.get(f"base_model.model.{path}.weight")
+        if module in ends and weight is not None and len(weight) != len(module.weight):
+            raise InputError(
+                f"model_name_or_path: the adapter in {folder} was trained on a vocabulary of "
+                f"{len(weight)} tokens, its base has {len(module.weight)}; save the base after "
+                "resize_token_embeddings, and name that as base_model_name_or_path"
+            )
+
+
+def _check_kind(adapted: PeftModel, folder: Path) -> None:
+    """Refuse an adapter that is no change of its base's weights."""
+    settings = adapted.active_peft_config
+    kind = settings.peft_type.value
+    if getattr(settings, "layer_replication", None):  # copies share the weights of one layer
+        kind += " with layer_replication"
+    elif hasattr(adapted.base_model, "merge_and_unload"):
+        return
+    raise InputError(
+        f"model_name_or_path: the adapter in {folder} is {kind}, which cannot be merged into its "
+        "base; expected one that changes its weights, as LoRA, DoRA or IA3 do"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -136,10 +136,9 @@ def check(config: RunConfig) -> Path | None:
     output.check_trackers(config)
     check_layers(config)
     check_optimizer(config)
-    if config.dry_run:
-        return None
     resumed = checkpoint.find_checkpoint(config)
-    output.check_output_dir(config, resumed)
+    if not config.dry_run:
+        output.check_output_dir(config, resumed)
     return resumed
 
 

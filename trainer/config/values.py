@@ -18,6 +18,10 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 FILLED = ("model_name_or_path", "output_dir", "lora_target_modules", "prompt_column",
           "chosen_column", "rejected_column")  # may not be empty  # fmt: skip
 
+# Losses by their papers' names, which resemble those of other losses here.
+PAPERS_NAMES = {"dpo": "sigmoid", "rpo": "sigmoid (with eta, its SFT term)",
+                "cdpo": "sigmoid (with label_smoothing)"}  # fmt: skip
+
 # What the chat template is given by its caller, not as a variable.
 OF_THE_CALLER = ("conversation", "messages", "tools", "chat_template", "add_generation_prompt",
                  "continue_final_message", "tokenize", "tokenizer_kwargs", "return_dict",
@@ -27,7 +31,8 @@ OF_THE_CALLER = ("conversation", "messages", "tools", "chat_template", "add_gene
 
 def _is_day(text: str) -> bool:
     try:
-        return datetime.date.fromisoformat(text).isoformat() == text
+        day = datetime.date.fromisoformat(text)
+        return day.isoformat() == text and day.year >= 1000  # %Y writes earlier ones in less digits
     except ValueError:
         return False
 
@@ -172,7 +177,7 @@ def _loss_problems(config: Any) -> Iterator[str]:
 
     name, reference = config.loss_type, config.reference
     if name not in LOSSES:
-        yield f"loss_type: {not_among(name, LOSSES)}"
+        yield f"loss_type: {not_among(name, LOSSES, PAPERS_NAMES.get(name.lower()))}"
         return
     free = ", ".join(name for name, loss in LOSSES.items() if not loss.reference)
     if LOSSES[name].reference and reference == "none":
@@ -192,9 +197,9 @@ def _loss_problems(config: Any) -> Iterator[str]:
         yield str(error)
 
 
-def not_among(value: object, choices: Iterable[str]) -> str:
-    """What was expected, and what came instead, with the choice it resembles."""
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+def not_among(value: object, choices: Iterable[str], meant: str | None = None) -> str:
+    """What was expected, and what came instead, with the choice that is meant or resembles it."""
+    near = [meant] if meant else difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"expected one of {', '.join(choices)}, got {value!r}{hint}"
 
@@ -215,7 +220,8 @@ def convert(value: object, kind: object) -> object:
             raise ValueError(not_among(value, tuple(choices)))
         return choices[str(value).lower()]
     if typing.get_origin(kind) is tuple:
-        values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+        values = value if isinstance(value, list | tuple) else [value]
+        values = [] if list(values) in ([None], ["null"]) else values  # the latter a command line's
         return tuple(convert(v, typing.get_args(kind)[0]) for v in values)
     if typing.get_origin(kind) is dict:
         return _mapping(value)

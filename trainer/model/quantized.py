@@ -54,6 +54,8 @@ def read_as(settings: PretrainedConfig, config: RunConfig) -> dict[str, object]:
     """
     stored = stored_quantization(settings)
     if not stored:
+        if hasattr(settings, "quantization_config"):  # an empty one says nothing
+            del settings.quantization_config
         how = quantization(config)
         return {} if how is None else {"quantization_config": how}
     method = method_of(stored)
@@ -96,7 +98,9 @@ def _check_method(method: str, stored: dict) -> None:
         )
     if method != "compressed-tensors":
         return
-    groups = list((stored.get("config_groups") or {}).values())
+    groups = stored.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    groups = [group for group in groups if isinstance(group, dict)]
     formats = {stored.get("format"), *(group.get("format") for group in groups)} - {None}
     sparse = (stored.get("sparsity_config") or {}).get("format", "dense")
     if len(groups) != 1 or not formats <= set(FORMATS) or not formats or sparse != "dense" or (

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ QUANTIZED = re.compile(
 OTHER_HEAD = re.compile(r"(^|\.)(score|classifier|v_head|value_head|qa_outputs|reward_head|cls)\.")
 ADAPTER = re.compile(r"\.(lora_|base_layer|modules_to_save|hada_|ia3_)")
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-# Stored types whose numbers mean nothing without a scale, and the names under which one stands.
-SCALED = ("F8_", "I8", "U8", "I32")
+# Stored types that are weights as they stand; others mean nothing without a scale, and here are the
+# names under which one stands.
+PLAIN = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 SCALES = ("_scale_inv", "_scale", ".absmax")
 MODULE_SCALES = ("scale", "qscale_weight", "SCB")
 
@@ -48,7 +50,7 @@ def refuse_differences(model: PreTrainedModel, info: dict[str, set], source: str
     missing, unexpected = (sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
     shapes = {name: (tuple(file), tuple(own)) for name, file, own in info["mismatched_keys"]}
     vocabulary = _vocabulary(model, shapes)
-    if vocabulary:
+    if vocabulary and not (missing or unexpected):
         raise InputError(
             f"model_name_or_path: the vocabulary of {source} has {vocabulary[0]} tokens in its "
             f"weights and {vocabulary[1]} in its config; correct vocab_size in config.json, or "
@@ -82,27 +84,38 @@ def refuse_bad_numbers(model: PreTrainedModel, source: str) -> None:
             )
 
 
-def refuse_unscaled(source: str, block: tuple[int, int] | None) -> None:
-    """Refuse safetensors with numbers in 8 bits that transformers would take for what they are not.
+def refuse_unclear(folder: Path, source: str, quantization: dict) -> None:
+    """Refuse files of which it is not clear which numbers, or what they mean, would be trained on.
 
-    Headers alone are read.
+    Names, types and shapes alone are read.
 
     Args:
-        source: a folder; anything else is left alone.
-        block: rows and columns that share a scale, where the config says so.
+        folder: where the files are.
+        source: what the user gave for it.
+        quantization: what the config says of it, empty for plain weights.
 
     Raises:
-        InputError: a weight stands without its scale, or in blocks that do not fill it.
+        InputError: two files hold the same weight; one stands without its scale, or in blocks that
+            do not fill it or of an unknown size.
     """
-    stored = read_headers(Path(source))
+    stored = _read_headers(folder, source)
+    _refuse_lost_parts(stored, source, quantization)
+    block = quantization.get("weight_block_size")
     for name, (kind, shape) in stored.items():
-        if not (kind.startswith(SCALED) and name.endswith(".weight")):
+        if kind in PLAIN.values() or not name.endswith((".weight", "_proj")):
             continue
         module = name.removesuffix("weight")
         names = [f"{name}{end}" for end in SCALES] + [f"{module}{end}" for end in MODULE_SCALES]
         scale = next((stored[n][1] for n in names if n in stored), None)
         if scale is None:
             raise InputError(_unscaled(source, name, kind))
+        parts_of = [1 < parts < size for size, parts in zip(shape, scale, strict=False)]
+        if not block and quantization.get("quant_method") == "fp8" and any(parts_of):
+            raise InputError(
+                f"model_name_or_path: {source} holds {name} {tuple(shape)} with {tuple(scale)} "
+                "scales, and its config does not say of how large blocks; add weight_block_size to "
+                "its quantization_config"
+            )
         if block and len(scale) == 2 and len(shape) == 2:
             ragged = any(
                 parts > 1 and size != parts * side
@@ -114,6 +127,25 @@ def refuse_unscaled(source: str, block: tuple[int, int] | None) -> None:
                     f"{tuple(block)}, which transformers dequantizes wrongly where a block is cut; "
                     "give the unquantized model"
                 )
+
+
+def _refuse_lost_parts(stored: dict, source: str, quantization: dict) -> None:
+    """Refuse compressed-tensors' weights without all that gives them back."""
+    if quantization.get("quant_method") != "compressed-tensors":
+        return
+    groups = quantization["config_groups"].values()
+    shifted = any(not (g.get("weights") or {}).get("symmetric", True) for g in groups)
+    for name in stored:
+        module, _, end = name.rpartition(".")
+        needed = {"weight_packed": ["weight_scale", "weight_shape"]}.get(end, [])
+        if end == "weight_scale" and shifted:
+            needed = ["weight_zero_point"]
+        lost = next((f"{module}.{part}" for part in needed if f"{module}.{part}" not in stored), "")
+        if lost:
+            raise InputError(
+                f"model_name_or_path: {source} holds {name} without {lost}, so what its numbers "
+                "mean is not known; give the unquantized model"
+            )
 
 
 def refuse_dropped(model: PreTrainedModel, file: Path) -> None:
@@ -139,19 +171,58 @@ def refuse_dropped(model: PreTrainedModel, file: Path) -> None:
         )
 
 
-def read_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of every tensor in a folder's safetensors that can be read, by name."""
-    stored = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            try:
-                header = json.loads(stream.read(min(length, os.fstat(stream.fileno()).st_size)))
-            except ValueError:  # whoever loads it says so
-                continue
-        header.pop("__metadata__", None)
-        stored |= {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+def _weight_files(folder: Path, source: str) -> list[Path]:
+    """The files in which transformers finds a model's weights, in its order of preference."""
+    for whole in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index, named = whole.with_name(f"{whole.name}.index.json"), set()
+        if index.is_file():
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        parts = [folder / name for name in sorted(named) if (folder / name).is_file()]
+        if whole.is_file() and parts and parts != [whole]:
+            raise InputError(
+                f"model_name_or_path: {source} holds two models, one in {whole.name} and one in "
+                f"{parts[0].name} and the others of {index.name}; remove the one not meant"
+            )
+        if whole.is_file() or parts:
+            return parts or [whole]
+    return []
+
+
+def _read_headers(folder: Path, source: str) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of every tensor in a folder's weights, by name."""
+    stored: dict[str, tuple[str, list[int]]] = {}
+    files: dict[str, str] = {}
+    for file in _weight_files(folder, source):
+        held = _pickled(file) if file.suffix == ".bin" else _header(file)
+        twice = sorted(stored.keys() & held.keys())
+        if twice:
+            raise InputError(
+                f"model_name_or_path: {source} holds {_some(twice)} in both {files[twice[0]]} and "
+                f"{file.name}; they are not parts of one model, save or download it again"
+            )
+        stored |= held
+        files |= dict.fromkeys(held, file.name)
     return stored
+
+
+def _header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(min(length, os.fstat(stream.fileno()).st_size)))
+        except ValueError:  # whoever loads it says so
+            return {}
+    header.pop("__metadata__", None)
+    return {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+
+
+def _pickled(file: Path) -> dict[str, tuple[str, list[int]]]:
+    held = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
+    return {
+        name: (PLAIN.get(tensor.dtype, str(tensor.dtype)), list(tensor.shape))
+        for name, tensor in held.items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 def _unscaled(source: str, name: str, kind: str) -> str:
@@ -170,12 +241,10 @@ def _vocabulary(model: PreTrainedModel, shapes: dict) -> tuple[int, int] | None:
     """Rows of the embedding or head, in the file and in the model, where only they differ."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = [id(layer.weight) for layer in layers if layer is not None]
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in weights and name in shapes:
-            (rows, *file), (own_rows, *own) = shapes[name]
-            if file == own:
-                return rows, own_rows
-    return None
+    named = model.named_parameters(remove_duplicate=False)
+    names = {name for name, parameter in named if id(parameter) in weights}
+    rows = {(file[0], own[0]) for file, own in shapes.values() if file[1:] == own[1:] != ()}
+    return rows.pop() if shapes.keys() <= names and len(rows) == 1 else None
 
 
 def _remedy(model: PreTrainedModel, missing: list[str], unexpected: list[str]) -> str:
@@ -195,7 +264,7 @@ def _remedy(model: PreTrainedModel, missing: list[str], unexpected: list[str]) -
         return f"it was saved for another task ({kind}); give a causal language model"
     head = model.get_output_embeddings()
     heads = [name for name, p in model.named_parameters() if head is not None and p is head.weight]
-    if missing and missing == heads:
+    if missing and missing == heads and not unexpected:
         return (
             "if its head is the input embedding, set tie_word_embeddings to true in config.json, "
             "else save it with its head"
