@@ -17,7 +17,7 @@ from accelerate import PartialState
 from trainer.config.fields import RunConfig
 from trainer.data.columns import Columns
 from trainer.data.files import Records, columns_to_read, find_files, read_file
-from trainer.data.rows import BadRow, BadRows, Row, check_record
+from trainer.data.rows import BadRow, BadRows, Row, check_record, parse_record
 from trainer.errors import InputError
 
 HELD_OUT = "held-out data"  # what is said of the split `eval`
@@ -81,13 +81,23 @@ def check_rows(
 ) -> list[Row]:
     """The usable rows of a source; `bad` receives the others, as `source` and their number."""
     rows = []
+    several = columns is not None and len(columns.prompt) > 1
+    absent = set(columns.prompt) if several else set()
     for number, record in records:
         place = f"{source}{number}"
         try:
+            record = parse_record(record)
+            absent = {name for name in absent if not _holds(record, name)}
             rows.append(check_record(record, place, columns))
         except BadRow as problem:
             bad.add(place, problem)
+    bad.absent = absent if bad.absent is None else bad.absent & absent
     return rows
+
+
+def _holds(record: dict, path: str) -> bool:
+    """Whether a record has a column, be it null; of one that it reaches into, the first part."""
+    return path in record or path.split(".")[0] in record
 
 
 def read_dataset(
