@@ -181,6 +181,18 @@ def test_a_config_maps_columns_of_every_source(tmp_path):
     assert [rows[0].prompt for rows, _ in splits.values()] == ["a", "a"]
 
 
+def test_files_that_are_read_twice_are_told(tmp_path, capsys):
+    one, two = (write_jsonl(tmp_path / name, [GOOD]) for name in ("a.jsonl", "b.jsonl"))
+    words = ["--train_file", one, f"{tmp_path}/a.*"]
+    assert len(read_splits(parse_config(words))["train"][0]) == 2
+    assert f"warning: {one} is read 2 times" in capsys.readouterr().out
+    read_splits(parse_config(["--train_file", str(tmp_path), "--eval_file", two]))
+    told = capsys.readouterr().out
+    assert f"warning: {two} is trained on, and held-out data, too" in told and one not in told
+    read_splits(parse_config(["--train_file", one, "--eval_file", two]))
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_alpaca_pairs_are_strings_to_the_encoder(capsys):
     columns = Columns(prompt=("instruction", "input"))
     row = check_record(ALPACA | TEXTS, "f:1", columns)
@@ -270,7 +282,7 @@ def test_folders_and_globs_are_their_files_in_order(folder, monkeypatch):
     assert find_files(str(folder / "[x].jsonl")) == [str(folder / "[x].jsonl")]
     monkeypatch.chdir(folder)
     assert find_files("more") == ["more/c.jsonl"]
-    assert len(find_files("trainer/recipes/*.jsonl")) == 2  # in the repository, as recipes name them
+    assert len(find_files("trainer/recipes/*.jsonl")) == 2  # as recipes name them
     fields = {"model_name_or_path": "m", "train_file": ["more", "?.jsonl"]}
     rows, _ = read_splits(RunConfig(**fields, train_weights=[1, 0.5]))["train"]
     assert len(rows) == 2 + 2  # a glob is one source
