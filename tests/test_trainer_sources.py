@@ -115,6 +115,7 @@ UNREAD = [  # columns, record, message
     ({}, TEXTS | {"prompt": json.dumps(USER)}, "messages as text: expected a list of messages"),
     ({}, TEXTS | {"prompt": json.dumps([{"from": "human", "value": "hi"}])}, "messages as text: "),
     ({}, TEXTS | {"prompt": None}, "no prompt: prompt is null; the row has chosen, rejected, pro"),
+    ({"prompt": ("system", "quest")}, TEXTS | {"system": ""}, "missing field: quest (the row has"),
     ({"prompt": ("question",)}, TEXTS | {"question": None}, "no prompt: question: null or empty"),
 ]  # fmt: skip
 

@@ -22,7 +22,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from trainer.data.columns import Columns, pick
+from trainer.data.columns import Columns, holds, pick
 from trainer.errors import InputError
 
 RESPONSES = ("chosen", "rejected")
@@ -207,9 +207,10 @@ def _read_prompt(record: dict, columns: Columns) -> Text | None:
     if not texts:
         if columns.prompt == Columns.prompt or columns.implicit:
             return None
-        names = ", ".join(columns.prompt)
-        if any(name in record for name in columns.prompt):
-            raise BadRow("no prompt", f"{names}: null or empty")
+        absent = [name for name in columns.prompt if not holds(record, name)]
+        if not absent:
+            raise BadRow("no prompt", f"{', '.join(columns.prompt)}: null or empty")
+        names = ", ".join(absent)
         raise BadRow("missing field", f"{names} ({_has(record)}); correct --prompt_column")
     *first, last = texts
     if not all(isinstance(text, str) for text in first):

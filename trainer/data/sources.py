@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from trainer.config.fields import RunConfig
 from trainer.console import say
-from trainer.data.columns import Columns
+from trainer.data.columns import Columns, holds
 from trainer.data.files import Records, columns_to_read, find_files, read_file
 from trainer.data.rows import BadRow, BadRows, Row, check_record, parse_record
 from trainer.errors import InputError
@@ -104,17 +104,12 @@ def check_rows(
         place = f"{source}{number}"
         try:
             record = parse_record(record)
-            absent = {name for name in absent if not _holds(record, name)}
+            absent = {name for name in absent if not holds(record, name)}
             rows.append(check_record(record, place, columns))
         except BadRow as problem:
             bad.add(place, problem)
     bad.absent = absent if bad.absent is None else bad.absent & absent
     return rows
-
-
-def _holds(record: dict, path: str) -> bool:
-    """Whether a record has a column, be it null; of one that it reaches into, the first part."""
-    return path in record or path.split(".")[0] in record
 
 
 def read_dataset(
