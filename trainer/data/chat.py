@@ -30,6 +30,7 @@ REMEDY = "chat_template_path can name a template that does not"
 # A tag of a thought, as <think>, [THINK] or <seed:think>, and how it is closed.
 TAG = r"(?P<a>[<\[◁])(?P<name>[\w:]*(?:think|thought|reason)[\w:]*)(?P<b>[>\]▷])"
 CLOSING = re.compile(TAG.replace(r"[<\[◁])", r"[<\[◁])/"), re.IGNORECASE)
+BEGUN = re.compile(r"\s*" + TAG, re.IGNORECASE)
 OPEN_END = re.compile(TAG + r"(?P<space>\s*)$", re.IGNORECASE)
 CLOSED_END = re.compile(CLOSING.pattern + r"\s*$", re.IGNORECASE)
 # Empty thoughts at the end of a prompt that are written otherwise: Cohere's, Gemma 4's.
@@ -106,7 +107,14 @@ class Chat:
         opened = OPEN_END.search(prompt)
         closed = CLOSED_END.search(prompt) or EMPTY_END.search(prompt)
         reasoning = str(message.get(REASONING[0], "")).strip()
-        if closed and (thought or reasoning):
+        unclosed = not lead and BEGUN.match(answer)  # as of an answer that was cut off
+        if thought and reasoning:
+            if thought != reasoning:
+                raise BadRow(
+                    "two thoughts", f"one in {REASONING[0]} and another in content; leave one out"
+                )
+            message = {k: v for k, v in message.items() if k not in REASONING}
+        if closed and (thought or reasoning or unclosed):
             raise BadRow(
                 "the prompt closes the thought",
                 "the message has one, but the chat template's prompt for an answer ends with an "
@@ -119,7 +127,7 @@ class Chat:
         if lead and (text is None or thought not in text or not CLOSING.search(text)):
             text = self._after(prompt, before, message | {"content": answer}, tools)
             text = None if text is None else lead + self._without_empty_thought(text)
-        if text is not None and (closed or thought):  # the thought is given, and is not empty
+        if text is not None and (closed or thought or unclosed):  # it is given, and not empty
             text = self._without_empty_thought(text)
         if text is None:
             raise BadRow(
@@ -135,14 +143,15 @@ class Chat:
                     "as <think>...</think>, leave it out, or give a chat_template_path that shows "
                     "it",
                 )
-        if answer.strip() not in text:
+        body = answer[unclosed.end() :] if unclosed else answer
+        if body.strip() not in text:
             raise BadRow(
                 "content is not shown",
                 "the chat template leaves a part of the content out, or rewrites it, as it may "
                 "beside tool_calls or in a thought's tags of its own; leave that part out, write "
                 "a thought as reasoning_content, or give another chat_template_path",
             )
-        text = text if opened is None else _continued(text, opened)
+        text = text if opened is None else _continued(text, opened, bool(unclosed))
         return self._ended(text, answered=not message.get("tool_calls"))
 
     def shows(self, text: str) -> bool:
@@ -316,14 +325,16 @@ def _without_thought(prompt: str) -> str:
     return prompt[: closed.start() if alone else start]
 
 
-def _continued(text: str, opened: re.Match[str]) -> str:
-    """A text after a prompt that has opened its thought: it is not opened again, but closed."""
+def _continued(text: str, opened: re.Match[str], unclosed: bool) -> str:
+    """A text after a prompt that has opened its thought: it is not opened again, but closed,
+    unless the message, too, leaves it `unclosed`.
+    """
     tag, space = opened["a"] + opened["name"] + opened["b"], opened["space"]
     closing = opened["a"] + "/" + opened["name"] + opened["b"]
     begun = text.lstrip()
     if begun.startswith(tag):
         text = begun.removeprefix(tag)
         text = text.removeprefix(space) if text.startswith(space) else text.lstrip()
-    if closing not in text:
+    elif closing not in text and not unclosed:
         text = (f"\n{closing}\n\n" if space else closing) + text
     return text
