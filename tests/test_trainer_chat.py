@@ -149,6 +149,61 @@ TRAINED = [  # template, variables, chosen messages, the sequence with what is t
 ]  # fmt: skip
 
 
+OWN = "[A]\n<think>\n{{ m.reasoning_content }}\n</think>\n\n{{ m.content }}[E]\n"
+ENDS = [  # templates whose turns end with EOS [E], chosen messages, the sequence
+    (template("[A]\n[R]{{ m.content }}[/R][E]\n", ASK + "[R]"), [HI], HEAD + "[R]⟦hello[/R][E]⟧"),
+    (template("[A]\n[R]{{ m.content }}[/R]{% if loop.last %}[E]{% endif %}\n"), [HI],
+     HEAD + "⟦[R]hello[/R]⟧"),
+    (template("[A]\n{{ m.content }}{% if not loop.last %}[E]\n{% endif %}"), TURNS,
+     HEAD + "⟦hello[E]⟧" + MIDDLE + "⟦bye[E]⟧"),
+    (template(OWN), [THOUGHT_HI], HEAD + "⟦<think>\nwhy\n</think>\n\nhello[E]⟧"),
+    (template(OWN, ASK + "<think>\n"), [THOUGHT_HI],
+     HEAD + "<think>\n⟦why\n</think>\n\nhello[E]⟧"),
+    (template(OWN), [answer("<think>\nwhy")], HEAD + "⟦<think>\nwhy[E]⟧"),
+    (template(OWN), [answer(THOUGHT_HI["content"], thinking="why")],
+     HEAD + "⟦<think>\nwhy\n</think>\n\nhello[E]⟧"),
+    (template(OWN, ASK + "<think>\n"), [answer("<think>\nwhy")], HEAD + "<think>\n⟦why[E]⟧"),
+    (template(PLAIN, ASK + "<think>\n"), [answer("<think>\nwhy")], HEAD + "<think>\n⟦why[E]⟧"),
+    (template(OWN, ASK + "<think></think>"), [HI], HEAD + "<think></think>⟦hello[E]⟧"),
+    (template("[A]\n</think>{{ m.content }}[E]\n", ASK + "<think></think>"), [HI],
+     HEAD + "<think></think>⟦hello[E]⟧"),
+    (template(PLAIN, ASK + "<|channel>thought\n<channel|>"), [HI],
+     HEAD + "<|channel>thought\n<channel|>⟦hello[E]⟧"),
+    (template(PLAIN, ASK + "<|START_THINKING|><|END_THINKING|>"), [HI],
+     HEAD + "<|START_THINKING|><|END_THINKING|>⟦hello[E]⟧"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "chosen", "text"), ENDS)
+def test_a_turn_ends_with_eos_and_has_one_thought(name, chosen, text):
+    tokenizer = tokenizer_of(name, eos="[E]")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[R]", "[/R]"]})
+    row = {"prompt": [user("hi")], "chosen": chosen, "rejected": [answer("no")]}
+    ((_, pair),) = Encoder(tokenizer, Limits(512)).encode([check_record(row, "f:1")])
+    assert marked(pair.chosen, tokenizer) == text
+
+
+CALLS = "[A]\n{{ m.content }}{% for c in m.tool_calls or [] %}CALL{% endfor %}[E]\n"
+ARGUMENTS = {
+    "as JSON": "c.function.arguments | tojson",
+    "by items": "c.function.arguments.items() | list | tojson",
+    "added": "'' + c.function.arguments",
+    "as it is": "c.function.arguments",
+}
+
+
+@pytest.mark.parametrize("given", [{"x": "é"}, '{"x": "é"}'], ids=["object", "text"])
+@pytest.mark.parametrize("how", ARGUMENTS)
+def test_arguments_of_a_call_are_given_as_the_template_writes_them(how, given):
+    tokenizer = tokenizer_of(template(CALLS.replace("CALL", "{{ " + ARGUMENTS[how] + " }}")))
+    call = {"type": "function", "function": {"name": "f", "arguments": given}}
+    row = {"prompt": [user("hi")], "chosen": [answer("", tool_calls=[call])]}
+    row = check_record(row | {"rejected": [answer("no")]}, "f:1")
+    ((_, pair),) = Encoder(tokenizer, Limits(512)).encode([row])
+    said = '[["x", "é"]]' if how == "by items" else '{"x": "é"}'
+    assert marked(pair.chosen, tokenizer) == HEAD + f"⟦{said}[E]⟧"
+
+
 def merged(tokenizer):
     """The same tokenizer with a token for two line breaks, as most have."""
     backend = tokenizer.backend_tokenizer
@@ -193,7 +248,13 @@ REFUSED = [  # template, variables, chosen message, message
     ("plain", {}, answer("hello", thinking="why"), "thought is not shown: .*chat_template_path"),
     ("hides all", {}, answer("hello", reasoning="why"), "thought is not shown: .*<think>"),
     ("opens a thought, hides all", {}, answer("hello", thinking="why"), "thought is not shown"),
+    (template(OWN), {}, answer("<think>why</think>hello", reasoning="so"), "two thoughts: .*leave"),
+    ("opens a thought, shows the last", OFF, answer("<think>why"), "the prompt closes the thought"),
     ("opens a thought, shows the last", OFF, THOUGHT_HI, "the prompt closes the thought: .*kwargs"),
+    (template("[A]\n{{ m.content.split('<channel|>')[-1] }}[E]\n"), {},
+     answer("<|channel>why<channel|>hello"), "content is not shown: .*reasoning_content"),
+    (template("[A]\n{{ m.tool_calls or m.content }}[E]\n"), {},
+     answer("hello", tool_calls=[{"name": "f"}]), "content is not shown: .*tool_calls"),
     (COUNTS, {}, HI, "prompt is no prefix: .*chat_template_path"),
     (
         "{{ raise_exception('no roles') }}",
@@ -201,7 +262,7 @@ REFUSED = [  # template, variables, chosen message, message
         HI,
         "chat template refuses .*: no roles; chat_t",
     ),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "kwargs", "message", "said"), REFUSED)

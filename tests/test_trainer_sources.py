@@ -110,7 +110,44 @@ UNREAD = [  # columns, record, message
     ({"prompt": ("conversations",)}, SHAREGPT | {"chosen": {"from": "human", "value": "a"}},
      "bad turns: chosen must begin and end with an assistant"),
     ({"implicit": True}, {"chosen": "yes", "rejected": "no"}, "no common prompt: without prompt"),
+    ({}, {k: json.dumps(v) for k, v in TALK.items()}, "messages as text: expected a list of mess"),
+    ({}, {k: str(v) for k, v in TALK.items()}, "messages as text: expected a list of messages, go"),
+    ({}, TEXTS | {"prompt": json.dumps(USER)}, "messages as text: expected a list of messages"),
+    ({}, TEXTS | {"prompt": json.dumps([{"from": "human", "value": "hi"}])}, "messages as text: "),
+    ({}, TEXTS | {"prompt": None}, "no prompt: prompt is null; the row has chosen, rejected, pro"),
+    ({"prompt": ("system", "quest")}, TEXTS | {"system": ""}, "missing field: quest (the row has"),
+    ({"prompt": ("question",)}, TEXTS | {"question": None}, "no prompt: question: null or empty"),
 ]  # fmt: skip
+
+
+def test_a_text_that_is_about_messages_stays_one():
+    given = {"prompt": "As JSON: ", "chosen": '[{"role": "user"}]', "rejected": '{"role": "user"}'}
+    row = check_record(given, "f:1")
+    assert (row.prompt, row.chosen, row.rejected) == tuple(given.values())
+
+
+def test_cells_without_a_column_are_no_row(tmp_path):
+    """Commas that nobody quoted, which would move every text one column on."""
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,chosen,rejected\nWhat, why, a,b\n", encoding="utf-8")
+    bad = BadRows("error")
+    assert read_rows(str(file), bad) == []
+    with pytest.raises(InputError, match="rows.csv:2: more cells than columns: .*'b'; quote"):
+        bad.settle(0)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_column_of_the_prompt_that_no_row_has_is_an_error(kind, tmp_path):
+    """One typed wrong would be left out of every prompt."""
+    file, rows = tmp_path / f"rows.{kind}", [TEXTS | ALPACA, TEXTS | {"instruction": "A."}]
+    if kind == "jsonl":
+        write_jsonl(file, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    words = ["--train_file", str(file), "--prompt_column", "instruction"]
+    assert len(read_splits(parse_config([*words, "input"]))["train"][0]) == 2
+    with pytest.raises(InputError, match="prompt_column: no row of the training data has inputs;"):
+        read_splits(parse_config([*words, "inputs"]))
 
 
 @pytest.mark.parametrize(("columns", "given", "message"), UNREAD)
@@ -143,6 +180,18 @@ def test_a_config_maps_columns_of_every_source(tmp_path):
     assert config.prompt_column == ("question",)
     splits = read_splits(config)
     assert [rows[0].prompt for rows, _ in splits.values()] == ["a", "a"]
+
+
+def test_files_that_are_read_twice_are_told(tmp_path, capsys):
+    one, two = (write_jsonl(tmp_path / name, [GOOD]) for name in ("a.jsonl", "b.jsonl"))
+    words = ["--train_file", one, f"{tmp_path}/a.*"]
+    assert len(read_splits(parse_config(words))["train"][0]) == 2
+    assert f"warning: {one} is read 2 times" in capsys.readouterr().out
+    read_splits(parse_config(["--train_file", str(tmp_path), "--eval_file", two]))
+    told = capsys.readouterr().out
+    assert f"warning: {two} is trained on, and held-out data, too" in told and one not in told
+    read_splits(parse_config(["--train_file", one, "--eval_file", two]))
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_alpaca_pairs_are_strings_to_the_encoder(capsys):
@@ -234,9 +283,7 @@ def test_folders_and_globs_are_their_files_in_order(folder, monkeypatch):
     assert find_files(str(folder / "[x].jsonl")) == [str(folder / "[x].jsonl")]
     monkeypatch.chdir(folder)
     assert find_files("more") == ["more/c.jsonl"]
-    assert (
-        len(find_files("trainer/recipes/*.jsonl")) == 2
-    )  # in the repository, as recipes name them
+    assert len(find_files("trainer/recipes/*.jsonl")) == 2  # as recipes name them
     fields = {"model_name_or_path": "m", "train_file": ["more", "?.jsonl"]}
     rows, _ = read_splits(RunConfig(**fields, train_weights=[1, 0.5]))["train"]
     assert len(rows) == 2 + 2  # a glob is one source

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from trainer.data.calls import as_object, as_text, with_arguments
 from trainer.data.clock import Clock, today
 from trainer.data.rows import REASONING, BadRow, Message
 from trainer.errors import InputError
@@ -29,8 +30,13 @@ REMEDY = "chat_template_path can name a template that does not"
 # A tag of a thought, as <think>, [THINK] or <seed:think>, and how it is closed.
 TAG = r"(?P<a>[<\[◁])(?P<name>[\w:]*(?:think|thought|reason)[\w:]*)(?P<b>[>\]▷])"
 CLOSING = re.compile(TAG.replace(r"[<\[◁])", r"[<\[◁])/"), re.IGNORECASE)
+BEGUN = re.compile(r"\s*" + TAG, re.IGNORECASE)
 OPEN_END = re.compile(TAG + r"(?P<space>\s*)$", re.IGNORECASE)
 CLOSED_END = re.compile(CLOSING.pattern + r"\s*$", re.IGNORECASE)
+# Empty thoughts at the end of a prompt that are written otherwise: Cohere's, Gemma 4's.
+EMPTY_END = re.compile(
+    r"(<\|START_THINKING\|>\s*<\|END_THINKING\|>|<\|channel>thought\s*<channel\|>)\s*$"
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Chat:
         specials = special_tokens(tokenizer)
         self.special_ids, self.specials = set(specials), _pattern(specials.values())
         self.added = _pattern(str(t) for t in tokenizer.added_tokens_decoder.values())
-        self._ending: tuple[str, str] | None = None
+        self._ending: tuple[str, str, str] | None = None
         template = tokenizer.chat_template or ""
         texts = template.values() if isinstance(template, dict) else [template]
         for name in options.kwargs:
@@ -98,9 +104,17 @@ class Chat:
             BadRow: the template shows the message otherwise than the model could say it.
         """
         lead, thought, answer = _thought(message["content"])
-        opened, closed = OPEN_END.search(prompt), CLOSED_END.search(prompt)
+        opened = OPEN_END.search(prompt)
+        closed = CLOSED_END.search(prompt) or EMPTY_END.search(prompt)
         reasoning = str(message.get(REASONING[0], "")).strip()
-        if closed and (thought or reasoning):
+        unclosed = not lead and BEGUN.match(answer)  # as of an answer that was cut off
+        if thought and reasoning:
+            if thought != reasoning:
+                raise BadRow(
+                    "two thoughts", f"one in {REASONING[0]} and another in content; leave one out"
+                )
+            message = {k: v for k, v in message.items() if k not in REASONING}
+        if closed and (thought or reasoning or unclosed):
             raise BadRow(
                 "the prompt closes the thought",
                 "the message has one, but the chat template's prompt for an answer ends with an "
@@ -113,6 +127,8 @@ class Chat:
         if lead and (text is None or thought not in text or not CLOSING.search(text)):
             text = self._after(prompt, before, message | {"content": answer}, tools)
             text = None if text is None else lead + self._without_empty_thought(text)
+        if text is not None and (closed or thought or unclosed):  # it is given, and not empty
+            text = self._without_empty_thought(text)
         if text is None:
             raise BadRow(
                 "prompt is no prefix",
@@ -127,7 +143,16 @@ class Chat:
                     "as <think>...</think>, leave it out, or give a chat_template_path that shows "
                     "it",
                 )
-        return self._ended(text if opened is None else _continued(text, opened))
+        body = answer[unclosed.end() :] if unclosed else answer
+        if body.strip() not in text:
+            raise BadRow(
+                "content is not shown",
+                "the chat template leaves a part of the content out, or rewrites it, as it may "
+                "beside tool_calls or in a thought's tags of its own; leave that part out, write "
+                "a thought as reasoning_content, or give another chat_template_path",
+            )
+        text = text if opened is None else _continued(text, opened, bool(unclosed))
+        return self._ended(text, answered=not message.get("tool_calls"))
 
     def shows(self, text: str) -> bool:
         """Whether a text says anything beside special tokens, tags of thoughts and white space."""
@@ -135,6 +160,20 @@ class Chat:
         return bool(bare.strip())
 
     def _render(self, messages: list[Message], tools: list[dict] | None, opened: bool) -> str:
+        """The template's text; arguments of calls as objects or, if it wants that, as JSON text."""
+        if not any(message.get("tool_calls") for message in messages):
+            return self._apply(messages, tools, opened)
+        objects, given = with_arguments(messages, as_object)
+        try:
+            text = self._apply(objects, tools, opened)
+        except BadRow:
+            pass
+        else:
+            if not any(repr(value) in text for value in given if value):
+                return text  # JSON, and not how Python writes an object
+        return self._apply(with_arguments(messages, as_text)[0], tools, opened)
+
+    def _apply(self, messages: list[Message], tools: list[dict] | None, opened: bool) -> str:
         if self.tokenizer.chat_template is None:
             raise BadRow(
                 "no chat template",
@@ -186,20 +225,32 @@ class Chat:
         probes = ([*before, {"role": role, "content": text}] for text in ("A", "B"))
         return os.path.commonprefix([self._render(p, tools, opened=False) for p in probes])
 
-    def _ended(self, text: str) -> str:
-        """A text up to the end of turn: the first special token after what is said, or all."""
-        tail, opening = self._tail()
+    def _ended(self, text: str, answered: bool) -> str:
+        """A text up to the end of turn: the first special token after what is said, or all.
+
+        EOS belongs to it where it stands right behind, and other turns follow it. Where only the
+        turn that follows is preceded by EOS, an answer, but no call of tools, ends with that.
+        """
+        tail, opening, between = self._tail()
+        eos = self.tokenizer.eos_token
         if tail and text.endswith(tail):
             end = self.specials.search(tail) or self.added.search(tail)
             if end is None:
                 return text
             kept = end.start() if end.group() == opening else end.end()
+            after = self.specials.match(tail, kept)
+            if after and after.group() == eos and between.startswith(tail[: after.end()]):
+                kept = after.end()
             return text[: len(text) - len(tail) + kept]
+        end = self.specials.search(between) if answered and not tail else None
+        if end and end.group() == eos and not between[: end.start()].strip():
+            return text + between[: end.end()]  # it ends a turn when another follows
         ends = [m.end() for m in self.specials.finditer(text) if not text[m.end() :].strip()]
         return text[: ends[0]] if ends else text
 
-    def _tail(self) -> tuple[str, str]:
-        """What follows the content of a last answer, and the token that opens a user's turn.
+    def _tail(self) -> tuple[str, str, str]:
+        """What follows the content of a last answer, the token that opens a user's turn, and what
+        follows an answer's content where the user goes on.
 
         A token that opens turns and closes none is no end of one.
         """
@@ -213,14 +264,23 @@ class Chat:
                 asked = self._head([], None, "user")
                 closed = self.prompt([question | {"content": "A"}])[len(asked) :]
             except BadRow:  # it wants other messages
-                self._ending = "", ""
+                self._ending = "", "", ""
             else:
                 opens = [m.group() for m in self.specials.finditer(asked)][-1:]
                 opening = opens[0] if opens and opens[0] not in closed else ""
                 if opening == self.tokenizer.eos_token:
                     opening = ""
-                self._ending = answer[len(head) + 1 :], opening
+                self._ending = answer[len(head) + 1 :], opening, self._between(question, head)
         return self._ending
+
+    def _between(self, question: Message, head: str) -> str:
+        """What follows an answer's content where the user goes on; nothing if that is unknown."""
+        answer = {"role": "assistant", "content": "A"}
+        try:
+            text = self._render([question, answer, question], None, opened=False)
+        except BadRow:  # it wants other messages
+            return ""
+        return text[len(head) + 1 :] if text.startswith(head + "A") else ""
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
@@ -254,6 +314,8 @@ def _thought(content: str) -> tuple[str, str, str]:
 
 def _without_thought(prompt: str) -> str:
     """A prompt without the thought, open or closed, with which it ends."""
+    if empty := EMPTY_END.search(prompt):
+        return prompt[: empty.start()]
     closed = CLOSED_END.search(prompt)
     if closed is None:
         opened = OPEN_END.search(prompt)
@@ -263,14 +325,16 @@ def _without_thought(prompt: str) -> str:
     return prompt[: closed.start() if alone else start]
 
 
-def _continued(text: str, opened: re.Match[str]) -> str:
-    """A text after a prompt that has opened its thought: it is not opened again, but closed."""
+def _continued(text: str, opened: re.Match[str], unclosed: bool) -> str:
+    """A text after a prompt that has opened its thought: it is not opened again, but closed,
+    unless the message, too, leaves it `unclosed`.
+    """
     tag, space = opened["a"] + opened["name"] + opened["b"], opened["space"]
     closing = opened["a"] + "/" + opened["name"] + opened["b"]
     begun = text.lstrip()
     if begun.startswith(tag):
         text = begun.removeprefix(tag)
         text = text.removeprefix(space) if text.startswith(space) else text.lstrip()
-    if closing not in text:
+    elif closing not in text and not unclosed:
         text = (f"\n{closing}\n\n" if space else closing) + text
     return text

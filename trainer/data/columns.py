@@ -52,3 +52,8 @@ def pick(record: dict, path: str) -> object:
         else:
             return None
     return value
+
+
+def holds(record: dict, path: str) -> bool:
+    """Whether a record has a column, be it null; of one that it reaches into, the first part."""
+    return path in record or path.split(".")[0] in record

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import json
 import os.path
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from trainer.data.columns import Columns, pick
+from trainer.data.columns import Columns, holds, pick
 from trainer.errors import InputError
 
 RESPONSES = ("chosen", "rejected")
@@ -32,6 +33,8 @@ SPEAKERS = {  # ShareGPT's names of roles
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
 }  # fmt: skip
+# How a message list begins that was written as text, as JSON or by Python.
+LISTED = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
 SHOWN = 5  # bad rows spelled out in an error; the rest are counted
 
 Message = dict[str, object]
@@ -72,6 +75,8 @@ class BadRows:
     of: str = "given data"
     problems: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
+    absent: set[str] | None = None
+    """Columns, of several that make up the prompt, that no row read so far has."""
 
     def add(self, source: str, problem: BadRow) -> None:
         """Note the row at `source`."""
@@ -91,6 +96,11 @@ class BadRows:
             more = f"\n  ... and {rest} more" if rest > 0 else ""
             raise InputError(
                 f"{len(self.problems)} unusable row(s):\n  {shown}{more}\n{self.remedy}"
+            )
+        if kept and self.absent:
+            raise InputError(
+                f"prompt_column: no row of the {self.of} has {', '.join(sorted(self.absent))}; "
+                "correct the name, or leave it out"
             )
         if kept == 0:
             reasons = self.reasons + (dropped or Counter())
@@ -115,14 +125,12 @@ def parse_json(text: bytes | str) -> object:
     return value
 
 
-def check_record(record: bytes | dict, source: str, columns: Columns | None = None) -> Row:
-    """Turn one line of JSON, or one record, into a `Row`.
+def parse_record(record: bytes | dict) -> dict:
+    """The fields of one line of JSON, or of one record.
 
     Raises:
-        BadRow: not JSON, a field missing or of the wrong form, no common prompt, turns out of
-            order, an empty response, or chosen equal to rejected.
+        BadRow: not JSON, not an object, or cells that belong to no column.
     """
-    columns = columns or Columns()
     if isinstance(record, bytes):
         try:
             record = parse_json(record)
@@ -130,6 +138,22 @@ def check_record(record: bytes | dict, source: str, columns: Columns | None = No
             raise BadRow("not valid JSON", str(error)) from None
     if not isinstance(record, dict):
         raise BadRow("not a JSON object", f"got {type(record).__name__}")
+    if None in record:
+        raise BadRow(
+            "more cells than columns",
+            f"the first without one is {record[None][0]!r:.80}; quote cells that hold commas",
+        )
+    return record
+
+
+def check_record(record: bytes | dict, source: str, columns: Columns | None = None) -> Row:
+    """Turn one line of JSON, or one record, into a `Row`.
+
+    Raises:
+        BadRow: not JSON, a field missing or of the wrong form, no common prompt, turns out of
+            order, an empty response, or chosen equal to rejected.
+    """
+    columns, record = columns or Columns(), parse_record(record)
     given = {name: pick(record, getattr(columns, name)) for name in RESPONSES}
     missing = [name for name in RESPONSES if given[name] is None]
     if missing:
@@ -141,12 +165,15 @@ def check_record(record: bytes | dict, source: str, columns: Columns | None = No
         raise BadRow("chosen equals rejected", "")
     prompt = _read_prompt(record, columns)
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+        if "prompt" in record and columns.prompt == Columns.prompt and not columns.implicit:
+            raise BadRow("no prompt", f"prompt is null; {_has(record)}")
         if not columns.implicit:
             raise BadRow(
                 "no prompt",
                 f"{_has(record)}; name the column that holds it, as {columns.remedy(record)}, or "
                 "give --implicit_prompt true where both responses begin with it",
             )
+    _check_no_list(prompt, chosen, rejected)
     implicit = prompt is None
     try:
         prompt, chosen, rejected = _split_prompt(prompt, chosen, rejected)
@@ -180,7 +207,10 @@ def _read_prompt(record: dict, columns: Columns) -> Text | None:
     if not texts:
         if columns.prompt == Columns.prompt or columns.implicit:
             return None
-        names = ", ".join(columns.prompt)
+        absent = [name for name in columns.prompt if not holds(record, name)]
+        if not absent:
+            raise BadRow("no prompt", f"{', '.join(columns.prompt)}: null or empty")
+        names = ", ".join(absent)
         raise BadRow("missing field", f"{names} ({_has(record)}); correct --prompt_column")
     *first, last = texts
     if not all(isinstance(text, str) for text in first):
@@ -300,6 +330,17 @@ def _mixed_forms(texts: dict[str, Text | None]) -> BadRow:
         if text is not None
     )
     return BadRow("mixed forms", f"expected all strings or all message lists, but {forms}")
+
+
+def _check_no_list(prompt: Text | None, *responses: Text) -> None:
+    """Strings are trained on as they are, so message lists must be lists."""
+    listed = [isinstance(t, str) and bool(LISTED.match(t)) for t in (prompt, *responses)]
+    if listed[0] or all(listed[1:]):
+        raise BadRow(
+            "messages as text",
+            "expected a list of messages, got a string that writes one; store it as a list, in "
+            "JSONL or Parquet (as by json.loads)",
+        )
 
 
 def _check_turns(prompt: list[Message], *responses: list[Message]) -> None:

@@ -10,15 +10,19 @@ order.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
 
 from trainer.config.fields import RunConfig
-from trainer.data.columns import Columns
+from trainer.console import say
+from trainer.data.columns import Columns, holds
 from trainer.data.files import Records, columns_to_read, find_files, read_file
-from trainer.data.rows import BadRow, BadRows, Row, check_record
+from trainer.data.rows import BadRow, BadRows, Row, check_record, parse_record
 from trainer.errors import InputError
+from trainer.paths import find_file
 
 HELD_OUT = "held-out data"  # what is said of the split `eval`
 
@@ -30,6 +34,8 @@ def read_splits(config: RunConfig) -> dict[str, tuple[list[Row], BadRows]]:
         InputError: a file or data set that cannot be read, no usable row, bad rows under the policy
             `error`, or a weight or share that leaves nothing.
     """
+    for warning in repeated_files(config.train_file, config.eval_file):
+        say(warning)
     train, bad = _read_split(config, config.train_file, config.dataset_train_split, "training data")
     splits = {}
     if config.eval_file or config.dataset_test_split:
@@ -45,6 +51,17 @@ def read_splits(config: RunConfig) -> dict[str, tuple[list[Row], BadRows]]:
             for number, (rows, weight) in enumerate(zip(train, config.train_weights, strict=True))
         ]
     return {"train": ([row for rows in train for row in rows], bad)} | splits
+
+
+def repeated_files(train: tuple[str, ...], evaluated: tuple[str, ...]) -> list[str]:
+    """What looks like a mistake in files, folders and globs that overlap, as warnings."""
+    read, held_out = (
+        Counter(Path(find_file(file)).resolve() for name in names for file in find_files(name))
+        for names in (train, evaluated)
+    )
+    twice = [f"{file} is read {n} times" for file, n in (read + held_out).items() if n > 1]
+    both = [f"{file} is trained on, and held-out data, too" for file in read if file in held_out]
+    return [f"warning: {what}" for what in (both or twice)]
 
 
 def _read_split(
@@ -81,12 +98,17 @@ def check_rows(
 ) -> list[Row]:
     """The usable rows of a source; `bad` receives the others, as `source` and their number."""
     rows = []
+    several = columns is not None and len(columns.prompt) > 1
+    absent = set(columns.prompt) if several else set()
     for number, record in records:
         place = f"{source}{number}"
         try:
+            record = parse_record(record)
+            absent = {name for name in absent if not holds(record, name)}
             rows.append(check_record(record, place, columns))
         except BadRow as problem:
             bad.add(place, problem)
+    bad.absent = absent if bad.absent is None else bad.absent & absent
     return rows
 
 
