@@ -119,7 +119,7 @@ def _rope(model: PreferenceModel, lengths: list[int]) -> str | None:
 def _made_up(model: PreTrainedModel, longest: int) -> Batch:
     """Two pairs of random tokens, all of them trained on; the first reaches beyond every window."""
     config = model.config.get_text_config()
-    limit = positions(model) or longest
+    limit = positions(model) or max(longest, SHORT + BRANCH)
     reaches = [n for n in _reaches(config.to_dict()) if n < longest]
     prefix = min(max([SHORT, *reaches]) + 2, limit - BRANCH)
     vocabulary = model.get_input_embeddings().num_embeddings
