@@ -117,6 +117,18 @@ def test_another_form_is_refused_with_what_was_seen(form):
         fuse_lm_head(Odd(tiny_model("llama").config))
 
 
+def test_a_negative_scale_is_refused_as_such():
+    with pytest.raises(InputError, match="with a scale > 0: .* becomes .*; change the sign"):
+        fuse_lm_head(tiny_model("granite", logits_scaling=-2.0))
+
+
+def test_a_config_with_which_no_forward_runs_is_refused():
+    model = tiny_llama()
+    model.model.layers[0].self_attn.head_dim = 5
+    with pytest.raises(InputError, match="LlamaForCausalLM: its forward fails on 4 made-up tokens"):
+        fuse_lm_head(model)
+
+
 def test_a_head_that_is_no_linear_is_refused():
     model = tiny_llama()
     model.set_output_embeddings(torch.nn.Sequential(model.lm_head))

@@ -1,5 +1,6 @@
 """Padded = packed = prefix-shared: the loss and the gradient of every parameter."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -194,6 +195,13 @@ def test_a_wrong_attention_is_noticed(kind, changes, dtype, monkeypatch):
         check_model(policy, pairs, packing=True)
     assert "a token's state differs by" in check_model(policy, pairs)
     assert not policy.packed
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_sequences_of_two_tokens_are_enough(kind):
+    policy, _ = tiny_policy(tiny_model(kind))
+    sides = (Sequence(np.array(ids), np.array([ids[1], IGNORE])) for ids in ((5, 6), (5, 7)))
+    assert check_model(policy, [Pair(*sides, shared=1)]) is None
 
 
 REFUSED = [

@@ -117,6 +117,16 @@ def test_every_mode_starts_at_the_policy_in_bfloat16(train, folder, fresh_accele
         assert train("--dtype", "bfloat16", "--max_steps", 1, *words)[0] == ours
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_second_policy_runs_as_the_first(packed, folder):
+    """What cannot be packed would give other log-probs in packed rows."""
+    config = tiny_config(reference="online", model_name_or_path=str(folder / "model"))
+    policy, accelerator = tiny_policy()
+    policy.pack(packed)
+    reference = Reference(config, policy, tiny_tokenizer(), {}, accelerator)
+    assert reference.model.packed == packed
+
+
 def save_other(folder, model):
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

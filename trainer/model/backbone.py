@@ -21,6 +21,12 @@ from transformers.utils import ModelOutput
 
 from trainer.errors import InputError
 
+# What the code of an architecture raises where it is asked for what it cannot do.
+BROKEN = (
+    RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError,
+    NotImplementedError,
+)  # fmt: skip
+
 
 class States(NamedTuple):
     """What one forward gives."""

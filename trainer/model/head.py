@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rpo_kernels import RPOOutput, fused_rpo_loss
 from trainer.errors import InputError
-from trainer.model.backbone import quiet, without_cache
+from trainer.model.backbone import BROKEN, quiet, without_cache
 
 TOKENS = 4  # rows of the measurement
 EXPONENTS = (-48, 24)  # of its values: from where tanh is linear to rounding, to where it is 1
@@ -66,10 +66,19 @@ def fuse_lm_head(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         InputError: the output layer is not a plain Linear, the model does something else to its
-            output than a scale and a softcap, or a forward changes its weights.
+            output than a scale and a softcap, its forward fails, or changes its weights.
     """
     head, versions = output_layer(model), [p._version for p in model.parameters()]
-    fused = FusedLMHead(head, *measure_transform(model))
+    try:
+        transform = measure_transform(model)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except BROKEN as error:
+        raise InputError(
+            f"{type(model).__name__}: its forward fails on {TOKENS} made-up tokens, so it cannot "
+            f"be trained: {error}; check the model's config"
+        ) from error
+    fused = FusedLMHead(head, *transform)
     if versions != [p._version for p in model.parameters()]:
         raise InputError(
             f"{type(model).__name__}: a forward in evaluation changes the weights in place, so "
@@ -142,6 +151,12 @@ def _fit(name: str, values: Tensor, logits: Tensor) -> tuple[float, float | None
         softcap = logits.abs().max().item()
         fitted = softcap * torch.tanh(fitted / softcap)
     off = ~torch.isclose(fitted, logits, rtol=8 * eps, atol=0)
+    if scale <= 0 and not off.any():
+        raise InputError(
+            f"{name}: its logits are not softcap(scale * lm_head(hidden)) with a scale > 0: "
+            f"{values[0]:.6g} becomes {logits[0]:.6g}; change the sign of both, in the config and "
+            "of lm_head's weight"
+        )
     if not 0 < scale < float("inf") or off.any():
         k = int(off.nonzero()[0]) if off.any() else 0
         raise InputError(

@@ -23,7 +23,7 @@ from trainer.data.batches import Batch, pack
 from trainer.data.pairs import Pair, Sequence
 from trainer.errors import InputError
 from trainer.model.attention import packs
-from trainer.model.backbone import run_to_head
+from trainer.model.backbone import BROKEN, run_to_head
 from trainer.model.fit import positions, rope_changes
 from trainer.model.generate import pads_exactly
 from trainer.model.head import measure_transform
@@ -33,11 +33,6 @@ from trainer.model.rounding import MARGIN, difference_of, in_float32, last_digit
 SHORT, BRANCH = 24, 12  # tokens of a shared prefix, where there is no window, and of a response
 # Numbers of a config beyond which a token may not see, or be seen otherwise.
 REACH = re.compile("window|chunk|block_size|topk|local_attention|extent|n_floor|floor_scale")
-# What the code of an architecture raises where it is asked for what it cannot do.
-BROKEN = (
-    RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError,
-    NotImplementedError,
-)  # fmt: skip
 UNTOLD = "has layers that do not tell their window (no FlashAttention support)"
 
 
@@ -119,7 +114,7 @@ def _rope(model: PreferenceModel, lengths: list[int]) -> str | None:
 def _made_up(model: PreTrainedModel, longest: int) -> Batch:
     """Two pairs of random tokens, all of them trained on; the first reaches beyond every window."""
     config = model.config.get_text_config()
-    limit = positions(model) or longest
+    limit = positions(model) or max(longest, SHORT + BRANCH)
     reaches = [n for n in _reaches(config.to_dict()) if n < longest]
     prefix = min(max([SHORT, *reaches]) + 2, limit - BRANCH)
     vocabulary = model.get_input_embeddings().num_embeddings

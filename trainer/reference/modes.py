@@ -65,6 +65,7 @@ class Reference:
             self.model = _other_model(config, policy, tokenizer, splits, accelerator)
         elif config.reference == "online":
             self.model = _second_model(config, policy, accelerator)
+            self.model.pack(policy.packed)
         if config.reference == "precomputed":
             source = self.model or policy
             self.key = cache.model_key(source.language_model, config.dtype)
