@@ -17,7 +17,7 @@ from trainer_tiny import (
 )
 from transformers import AttentionInterface
 
-from trainer.data import layout as layout_module
+from trainer.data import layout as layouts
 from trainer.data.batches import pack, share_prefixes
 from trainer.data.layout import PairLayout
 from trainer.data.pairs import IGNORE, Pair, Sequence
@@ -117,12 +117,12 @@ def test_attention_by_sequence_is_attention_with_the_whole_mask(lengths, window,
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("lengths", LAYOUTS)
 def test_flex_attention_with_the_block_mask_is_attention_by_sequence(lengths, window, monkeypatch):
-    eager = layout_module.create_block_mask
+    eager = layouts.create_block_mask
 
     def uncompiled(*args, _compile):
         return eager(*args)
 
-    monkeypatch.setattr(layout_module, "create_block_mask", uncompiled)
+    monkeypatch.setattr(layouts, "create_block_mask", uncompiled)
     layout = PairLayout(lengths)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, h, sum(map(sum, lengths)), 16) for h in (4, 2, 2))
