@@ -147,6 +147,15 @@ def test_generate_resumes_with_the_same_answers(tmp_path, folders):
         generate(prompts, models, str(tmp_path / "out"), sampling)
 
 
+def test_a_prompt_s_thought_is_read_under_every_name(tmp_path):
+    """As a pair's is, so that both are asked alike."""
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"prompt": [prompt[0], prompt[1] | {"thinking": "why"}, prompt[0]]}]
+    (read,) = read_prompts(write_jsonl(tmp_path / "p.jsonl", rows))
+    thought = {"reasoning_content": "why", "thinking": "why", "reasoning": "why"}
+    assert read.start == (prompt[0], prompt[1] | thought, prompt[0])
+
+
 def test_follow_up_sees_the_first_answer(tmp_path):
     prompt = read_prompts(write_jsonl(tmp_path / "p.jsonl", QUESTIONS))[0]
     assert prompt.messages([]) == [{"role": "user", "content": "count from 1"}]

@@ -80,8 +80,10 @@ def _parse(place: str, question: Hashable, row: dict) -> Prompt:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES or not isinstance(message.get("content"), str):
             raise InputError(f"{place}: expected messages of role and content, got {message!r:.80}")
-        thought = {name: message[name] for name in REASONING if message.get(name)}
-        messages.append({"role": role, "content": message["content"]} | thought)
+        said = {"role": role, "content": message["content"]}
+        if thought := next((message[name] for name in REASONING if message.get(name)), None):
+            said |= dict.fromkeys(REASONING, thought)  # as in training, whichever is read
+        messages.append(said)
     if messages[-1]["role"] == "assistant":
         raise InputError(f"{place}: the prompt must end with a user or system message")
     return Prompt(question, tuple(messages))
