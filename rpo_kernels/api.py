@@ -98,7 +98,7 @@ def linear_logprobs(
         ignore_index: label of the positions to leave out: they cost nothing and get log-prob 0.
         logit_scale: factor on the logits (Cohere, Granite), > 0.
         logit_softcap: ``z = cap * tanh(z / cap)`` after the scale (Gemma 2), or None.
-        validate: check that targets lie in [0, V), in the one device synchronization a call makes
+        validate: check that targets lie in [0, V), in a device synchronization that a call makes
             anyway.
         grad_tolerance: share of dlogits' L1 mass, for equal upstream gradients, that backward may
             leave out of every block of 256 rows (`rpo_kernels.engines.skipping`); 0 is exact. Above
@@ -204,7 +204,7 @@ def fused_rpo_loss(
             default B. B may be 0.
         num_chosen_tokens: chosen response tokens of the whole step, for ``"token_mean"``; default
             the local count.
-        validate: check labels and offsets, in the one device synchronization a call makes anyway.
+        validate: check labels and offsets, in a device synchronization that a call makes anyway.
         grad_tolerance: share of dlogits' L1 mass, weighted by the loss coefficients, that the
             gradient may leave out (`rpo_kernels.engines.skipping`); 0 is exact. The matmuls of the
             gradient then cost the share of the vocabulary that is kept. `RPOOutput.skipped`
