@@ -344,7 +344,7 @@ def test_without_eta_it_is_dpo(strategy):
 @pytest.mark.parametrize("scaled", [None, True, False])
 @pytest.mark.parametrize("reduction", SFT_REDUCTIONS)
 def test_the_sft_term_and_its_weight(reduction, scaled, strategy):
-    """The table of the design, written out: w = eta * beta for sums by default, eta for means."""
+    """README's table, written out: w = eta * beta for sums by default, eta for means."""
     problem, (beta, eta) = pairs(11, dtype=torch.float64), (0.3, 0.7)
     options = {"beta": beta, "eta": eta, "sft_reduction": reduction, "scale_eta_by_beta": scaled}
     out = fused_rpo_loss(*problem[:3], problem.ref_logps, strategy=strategy, **options)
