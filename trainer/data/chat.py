@@ -166,7 +166,7 @@ class Chat:
         objects, given = with_arguments(messages, as_object)
         try:
             text = self._apply(objects, tools, opened)
-        except BadRow:
+        except BadRow:  # a template that parses or joins them wants text, tried below
             pass
         else:
             if not any(repr(value) in text for value in given if value):
