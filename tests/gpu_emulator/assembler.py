@@ -183,6 +183,12 @@ class Assembler:
     def do_bra(self, s, parts):
         self.emit(s, OPS["BRA"], imm=self.kernel.labels[s.operands[0]])
 
+    def do_brx(self, s, parts):
+        """A branch to the label that a table has at an index."""
+        index, table = s.operands
+        targets = [self.kernel.labels[name] for name in self.kernel.tables[table]]
+        self.emit(s, OPS["BRX"], targets, a=self.source(index, "u32"))
+
     def do_ret(self, s, parts):
         self.emit(s, OPS["RET"])
 
@@ -237,10 +243,22 @@ class Assembler:
             return self.emit(s, OPS["CP_WAIT"], imm=int(s.operands[0], 0))
         if parts[1:3] == ["async", "wait_all"]:
             return self.emit(s, OPS["CP_WAIT"], imm=-1)
+        if parts[1:4] == ["async", "bulk", "commit_group"]:
+            return self.emit(s, OPS["BULK_COMMIT"])
+        if parts[1:4] == ["async", "bulk", "wait_group"]:
+            return self.emit(s, OPS["BULK_WAIT"], imm=int(s.operands[0], 0))
         if parts[1:4] == ["async", "bulk", "tensor"]:
+            if parts[5:7] == ["global", "shared::cta"]:
+                to, source = s.operands
+                if to.offset or source.offset or parts[7:] != ["bulk_group"]:
+                    raise Unsupported(s.opcode)
+                return self.emit(s, OPS["TMA_STORE"], self.values(to.coordinates, "s32"),
+                                 a=self.address(source, False)[0],
+                                 b=self.address(to, True)[0])  # fmt: skip
             to, source, bar = s.operands[:3]
             if (
-                parts[5].split("::")[0] != "shared"
+                "multicast::cluster" in parts
+                or parts[5].split("::")[0] != "shared"
                 or parts[6] != "global"
                 or to.offset
                 or bar.offset
@@ -265,7 +283,11 @@ class Assembler:
     def do_membar(self, s, parts):
         self.emit(s, OPS["NOP"])
 
-    do_setmaxnreg = do_griddepcontrol = do_membar
+    do_griddepcontrol = do_membar
+
+    def do_setmaxnreg(self, s, parts):
+        count = int(s.operands[0], 0)
+        self.emit(s, OPS["SETMAXNREG"], imm=count, flags=int(parts[1] == "inc"))
 
     def do_bar(self, s, parts):
         if parts[1] == "warp":

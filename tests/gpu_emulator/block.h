@@ -33,7 +33,7 @@ typedef struct {
   int64_t instructions, limit;
   uint64_t seed;
   int32_t ncode, register_bytes, predicates, nregions, max_faults, nfaults, threads, shared;
-  int32_t grid[3], kinds, shared_base, quantum, aborted, nearest;
+  int32_t grid[3], kinds, shared_base, quantum, aborted, nearest, registers;
   float noise;
 } Launch;
 
@@ -59,7 +59,7 @@ typedef struct {
 typedef struct {
   TensorMap map;
   int32_t coords[5];
-  uint32_t dst, bar;
+  uint32_t dst, bar; /* of a store: where it reads, the number of its group */
   int32_t ins, warp;
 } Tma;
 
@@ -70,7 +70,7 @@ typedef struct {
   int used;
 } Mbar;
 
-enum { RUN, BARRIER, POLL, DONE };
+enum { RUN, BARRIER, POLL, REGISTERS /* that another warp must give back first */, DONE };
 
 typedef struct {
   uint8_t *regs;
@@ -85,6 +85,8 @@ typedef struct {
   int ncopies, capcopies, group;
   Wgmma *wgmmas;
   int nwgmmas, capwgmmas, wgroup;
+  Tma *stores;
+  int nstores, capstores, sgroup, registers;
 } Warp;
 
 typedef struct {
@@ -93,13 +95,13 @@ typedef struct {
   int nwarps, cta;
   uint8_t *shared, *state, *generic, *agent; /* by byte; by granule of 2 bytes */
   uint32_t *wclock, *rclock; /* granule; warp x granule */
-  uint16_t *reading; /* granule: matrix products under way that read it */
+  uint16_t *reading, *storing; /* granule: matrix products, TMA stores under way that read it */
   int granules;
   Mbar bars[MAX_BARS];
   Tma *tmas;
   int ntmas, captmas;
   uint64_t rng;
-  int abort;
+  int abort, free_registers; /* of a thread, summed over warps */
 } Block;
 
 static uint32_t next_random(Block *B) {
@@ -209,6 +211,7 @@ static void shared_write(Block *B, int ins, int w, int lane, uint32_t at, int si
   for (uint32_t g = at >> 1; g <= (at + size - 1) >> 1; g++) {
     int u = B->agent[g];
     if (B->reading[g]) fault(B, F_WGMMA_OPERAND, ins, w, lane, at, 0);
+    if (B->storing[g]) fault(B, F_STORE_OPERAND, ins, w, lane, at, 0);
     if (B->state[g] == PENDING && state != ARRIVED) fault(B, F_PENDING_OVERWRITTEN, ins, w, lane, at, 0);
     else if (B->state[g] == VALID && u != w && !same && W->vc[u] < B->wclock[g])
       fault(B, F_SHARED_RACE_WRITE, ins, w, lane, at, u);
@@ -259,6 +262,55 @@ static void bar_maybe_complete(Block *B, Mbar *b) {
   }
 }
 
+/* Element e of a copy's box: its place in the tensor, its shared address; whether it is inside. */
+static int box_element(const Tma *t, uint64_t e, uint64_t *place, uint32_t *address) {
+  const TensorMap *m = &t->map;
+  uint64_t rest = e;
+  int inside = 1;
+  *place = m->address;
+  for (uint32_t d = 0; d < m->rank; d++) {
+    int64_t x = (int64_t)t->coords[d] + (int64_t)(rest % m->box[d]);
+    rest /= m->box[d];
+    if (x < 0 || (uint64_t)x >= m->shape[d]) inside = 0;
+    else *place += x * (d ? m->stride[d - 1] : m->element);
+  }
+  *address = swizzled(t->dst + e * m->element, m->swizzle);
+  return inside;
+}
+static uint64_t box_elements(const TensorMap *m) {
+  uint64_t count = 1;
+  for (uint32_t d = 0; d < m->rank; d++) count *= m->box[d];
+  return count;
+}
+
+/* Begin a TMA store: from now on nobody may write what it reads. */
+static void begin_store(Block *B, int w, int lane, const Tma *t) {
+  Warp *W = &B->warps[w];
+  uint32_t size = t->map.element, at;
+  if (!shared_range(B, t->ins, w, lane, t->dst, box_elements(&t->map) * size, 128, &at)) return;
+  for (uint32_t g = at >> 1; g <= (at + box_elements(&t->map) * size - 1) >> 1; g++) B->storing[g]++;
+  shared_read(B, t->ins, w, lane, at, box_elements(&t->map) * size, 1);
+  if (W->nstores == W->capstores) W->stores = realloc(W->stores, (W->capstores = 2 * W->capstores + 16) * sizeof(Tma));
+  W->stores[W->nstores++] = *t;
+}
+
+/* Do the stores of all but the last `keep` groups: as late as may be, elements outside dropped. */
+static void finish_stores(Block *B, int w, int keep) {
+  Warp *W = &B->warps[w];
+  int left = 0;
+  for (int k = 0; k < W->nstores; k++) {
+    Tma *t = &W->stores[k];
+    if ((int)t->bar >= W->sgroup - keep) { W->stores[left++] = *t; continue; }
+    uint32_t size = t->map.element, address, start = t->dst - B->L->shared_base;
+    uint64_t place, count = box_elements(&t->map);
+    for (uint64_t e = 0; e < count; e++)
+      if (box_element(t, e, &place, &address) && global_access(B, t->ins, w, 0, place, size, 1, size))
+        memcpy((void *)place, B->shared + address - B->L->shared_base, size);
+    for (uint32_t g = start >> 1; g <= (start + count * size - 1) >> 1; g++) B->storing[g]--;
+  }
+  W->nstores = left;
+}
+
 /* Do the copy number k of those under way: write the box, then count its bytes on the mbarrier. */
 static void finish_tma(Block *B, int k) {
   Tma t = B->tmas[k];
@@ -267,19 +319,12 @@ static void finish_tma(Block *B, int k) {
   int index = bar_index(B, t.bar);
   if (index < 0) { fault(B, F_BAD_MBARRIER, t.ins, t.warp, 0, t.bar, 0); return; }
   Mbar *bar = &B->bars[index];
-  uint64_t boxes = 1;
-  for (uint32_t d = 0; d < m->rank; d++) boxes *= m->box[d];
-  uint64_t total = boxes * m->element;
+  uint64_t boxes = box_elements(m), total = boxes * m->element;
   for (uint64_t e = 0; e < boxes; e++) {
-    uint64_t rest = e, source = m->address;
-    int inside = 1;
-    for (uint32_t d = 0; d < m->rank; d++) {
-      int64_t x = (int64_t)t.coords[d] + (int64_t)(rest % m->box[d]);
-      rest /= m->box[d];
-      if (x < 0 || (uint64_t)x >= m->shape[d]) inside = 0;
-      else source += x * (d ? m->stride[d - 1] : m->element);
-    }
-    uint32_t at = swizzled(t.dst + e * m->element, m->swizzle) - B->L->shared_base;
+    uint64_t source;
+    uint32_t at;
+    int inside = box_element(&t, e, &source, &at);
+    at -= B->L->shared_base;
     if (at + m->element > (uint32_t)B->L->shared) { fault(B, F_SHARED_OUTSIDE, t.ins, t.warp, 0, at, 0); continue; }
     if (inside && !global_access(B, t.ins, t.warp, 0, source, m->element, 0, m->element)) inside = 0;
     if (inside) memcpy(B->shared + at, (void *)source, m->element);

@@ -17,10 +17,10 @@ SPECIAL = ["%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctai
            "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid", "%warpid"]  # fmt: skip
 LONE_OPS = ["BRA", "RET", "LD_PARAM", "LD_GLOBAL", "ST_GLOBAL", "LD_SHARED", "ST_SHARED",
             "CP_ASYNC", "FENCE_PROXY", "NOP", "PACK", "UNPACK", "MBAR_INIT", "MBAR_INVAL",
-            "MBAR_ARRIVE", "MBAR_TRY", "TMA_LOAD"]  # fmt: skip
+            "MBAR_ARRIVE", "MBAR_TRY", "TMA_LOAD", "TMA_STORE"]  # fmt: skip
 WARP_OPS = ["BAR", "WARP_SYNC", "SHFL", "REDUX", "VOTE", "ELECT", "LDMATRIX", "STMATRIX", "MMA",
-            "CP_COMMIT", "CP_WAIT", "WGMMA", "WGMMA_FENCE", "WGMMA_COMMIT",
-            "WGMMA_WAIT"]  # fmt: skip
+            "CP_COMMIT", "CP_WAIT", "BULK_COMMIT", "BULK_WAIT", "BRX", "SETMAXNREG", "WGMMA",
+            "WGMMA_FENCE", "WGMMA_COMMIT", "WGMMA_WAIT"]  # fmt: skip
 OPS = {name: len(isa.NAMES) + k for k, name in enumerate(LONE_OPS + WARP_OPS)}
 FAULTS = [
     ("LOAD_OUTSIDE", "load outside every tensor's storage"),
@@ -44,6 +44,9 @@ FAULTS = [
     ("BAD_DESCRIPTOR", "bad matrix or tensor descriptor"),
     ("WGMMA_REGISTER", "use of a register that a matrix product under way owns"),
     ("WGMMA_OPERAND", "write to shared memory that a matrix product under way reads"),
+    ("STORE_OPERAND", "write to shared memory that a TMA store under way reads"),
+    ("BAD_REGISTERS", "setmaxnreg beyond its rules"),
+    ("BAD_BARRIER", "warps meet at a barrier with different counts"),
     ("UNWAITED", "the kernel ends with asynchronous work under way"),
     ("DIVERGENT_SYNC", "lanes of a warp do not meet at a synchronizing instruction"),
     ("DEADLOCK", "no warp can go on"),

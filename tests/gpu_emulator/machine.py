@@ -46,6 +46,7 @@ class CLaunch(ctypes.Structure):
                                         "max_faults", "nfaults", "threads", "shared")),
         ("grid", ctypes.c_int32 * 3), ("kinds", ctypes.c_int32), ("shared_base", ctypes.c_int32),
         ("quantum", ctypes.c_int32), ("aborted", ctypes.c_int32), ("nearest", ctypes.c_int32),
+        ("registers", ctypes.c_int32),
         ("noise", ctypes.c_float),
     ]  # fmt: skip
 
@@ -175,7 +176,7 @@ def run(driver, loaded, grid, metadata, params, regions) -> int:
         max_faults=most, threads=threads, shared=max(metadata.shared, 0),
         grid=(ctypes.c_int32 * 3)(*grid), kinds=kinds, shared_base=SHARED_BASE,
         quantum=options.get("quantum", 400), noise=options.get("noise", 0.0),
-        nearest=int(options.get("nearest", False)),
+        nearest=int(options.get("nearest", False)), registers=loaded.registers,
     )  # fmt: skip
     total, chosen = grid[0] * grid[1] * grid[2], options.get("blocks")
     ranges = [(0, total)] if chosen is None else [(k, k + 1) for k in chosen(loaded.name, grid)]
@@ -190,6 +191,7 @@ def run(driver, loaded, grid, metadata, params, regions) -> int:
         file = program.kernel.files.get(statement.line[0], "?")
         shared = kind.startswith("SHARED") or kind in (
             "UNINITIALISED", "PENDING", "PENDING_OVERWRITTEN", "NO_PROXY_FENCE", "WGMMA_OPERAND",
+            "STORE_OPERAND",
             "BAD_MBARRIER")  # fmt: skip
         place = f"shared {fault.address}" if shared else memory.describe(fault.address)
         x, rest = fault.cta % grid[0], fault.cta // grid[0]

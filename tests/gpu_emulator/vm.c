@@ -86,11 +86,29 @@ static int64_t run_warp(Block *B, int w, int steps) {
       }
       break;
     }
+    case OP_BRX: { /* a: index, the same for all lanes; list: targets */
+      uint32_t *index = (uint32_t *)(R + i->a), first = index[__builtin_ctz(m)];
+      LANES(l) if (index[l] != first) fault(B, F_DIVERGENT_SYNC, pc, w, l, index[l], first);
+      if (first >= (uint32_t)i->count) { fault(B, F_UNSUPPORTED, pc, w, 0, first, 0); B->abort = 1; break; }
+      next = list[first];
+      break;
+    }
+    case OP_SETMAXNREG: { /* flags: 1 takes registers, waits for them; 0 gives some back */
+      int change = (int)i->imm - W->registers;
+      if (i->imm % 8 || i->imm < 24 || i->imm > 256 || (i->flags ? change < 0 : change > 0))
+        fault(B, F_BAD_REGISTERS, pc, w, 0, i->imm, W->registers);
+      if (change > B->free_registers) { W->state = REGISTERS; return done; }
+      W->registers += change;
+      B->free_registers -= change;
+      for (int k = 0; change < 0 && k < B->nwarps; k++) if (B->warps[k].state == REGISTERS) B->warps[k].state = RUN;
+      break;
+    }
     case OP_RET: {
       W->live &= ~m;
       if (W->live == 0) {
         if (W->ncopies) fault(B, F_UNWAITED, pc, w, 0, 0, W->ncopies);
         if (W->nwgmmas) fault(B, F_UNWAITED, pc, w, 0, 1, W->nwgmmas);
+        if (W->nstores) fault(B, F_UNWAITED, pc, w, 0, 3, W->nstores);
         W->state = DONE;
         return done;
       }
@@ -165,6 +183,8 @@ static int64_t run_warp(Block *B, int w, int steps) {
     }
     case OP_CP_COMMIT: W->group++; break;
     case OP_CP_WAIT: finish_copies(B, w, (int)i->imm); break;
+    case OP_BULK_COMMIT: W->sgroup++; break;
+    case OP_BULK_WAIT: finish_stores(B, w, (int)i->imm); break;
     case OP_FENCE_PROXY: memcpy(W->vf, W->vc, sizeof W->vf); W->vc[w]++; break;
     case OP_NOP: break;
     case OP_PACK: { /* list: the parts; `size` bytes each; out a register of all of them */
@@ -273,6 +293,20 @@ static int64_t run_warp(Block *B, int w, int steps) {
         shared_write(B, pc, w, l, at, bytes, PENDING, 1, 0);
         memset(B->shared + at, 0xff, bytes);
         B->ntmas++;
+      }
+      break;
+    }
+    case OP_TMA_STORE: { /* a: shared address, b: descriptor, list: coordinates */
+      if (__builtin_popcount(m) > 1) fault(B, F_BAD_DESCRIPTOR, pc, w, 0, 0, 9);
+      LANES(l) {
+        Tma t;
+        memcpy(&t.map, (void *)((uint64_t *)(R + i->b))[l], sizeof(TensorMap));
+        t.dst = ((uint32_t *)(R + i->a))[l];
+        t.bar = W->sgroup; t.ins = pc; t.warp = w;
+        for (int k = 0; k < i->count; k++) t.coords[k] = ((int32_t *)(R + list[k]))[l];
+        if (memcmp(t.map.magic, "EMUTMAP", 7) || t.map.rank != (uint32_t)i->count)
+          fault(B, F_BAD_DESCRIPTOR, pc, w, l, t.map.address, i->count);
+        else begin_store(B, w, l, &t);
       }
       break;
     }
@@ -410,16 +444,18 @@ static int release_barriers(Block *B) {
   int released = 0;
   for (int id = 0; id < 16; id++) {
     uint32_t vc[CLOCKS] = {0}, vf[CLOCKS] = {0};
-    int waiting = 0, live = 0, need = 0;
+    int waiting = 0, live = 0, need = -1; /* 0: all */
     for (int w = 0; w < B->nwarps; w++) {
       Warp *W = &B->warps[w];
       live += W->state != DONE;
       if (W->state == BARRIER && (W->barrier & 15) == id) {
         waiting++;
-        if (W->barrier >> 4) need = (W->barrier >> 4) / 32;
+        int count = (W->barrier >> 4) / 32;
+        if (need >= 0 && need != count) fault(B, F_BAD_BARRIER, W->pc - 1, w, 0, need, count);
+        need = count;
       }
     }
-    if (!waiting || waiting < (need ? need : live)) continue;
+    if (!waiting || waiting < (need > 0 ? need : live)) continue;
     for (int w = 0; w < B->nwarps; w++) {
       Warp *W = &B->warps[w];
       if (W->state == BARRIER && (W->barrier & 15) == id) { join(vc, W->vc); join(vf, W->vf); }
@@ -446,16 +482,18 @@ static void run_block(Block *B) {
   memset(B->agent, 0, B->granules);
   memset(B->wclock, 0, 4 * B->granules);
   memset(B->reading, 0, 2 * B->granules);
+  memset(B->storing, 0, 2 * B->granules);
   memset(B->rclock, 0, (size_t)4 * B->granules * B->nwarps);
   memset(B->bars, 0, sizeof B->bars);
-  B->ntmas = 0;
+  B->ntmas = B->free_registers = 0;
   B->abort = 0;
   for (int w = 0; w < B->nwarps; w++) {
     Warp *W = &B->warps[w];
     memcpy(W->regs, L->image, L->register_bytes);
     memset(W->preds, 0, 4 * L->predicates);
     memset(W->pend, 0, L->register_bytes / 128);
-    W->npend = W->ncopies = W->group = W->nwgmmas = W->wgroup = 0;
+    W->npend = W->ncopies = W->group = W->nwgmmas = W->wgroup = W->nstores = W->sgroup = 0;
+    W->registers = L->registers;
     W->pc = 0; W->live = W->active = ALL; W->blocked = 0; W->state = RUN;
     memset(W->vc, 0, sizeof W->vc);
     memset(W->vf, 0, sizeof W->vf);
@@ -509,6 +547,7 @@ void run_blocks(Launch *L, int64_t first, int64_t last, int64_t step) {
   B->agent = malloc(B->granules);
   B->wclock = malloc(4 * B->granules);
   B->reading = malloc(2 * B->granules);
+  B->storing = malloc(2 * B->granules);
   B->rclock = malloc((size_t)4 * B->granules * B->nwarps);
   for (int w = 0; w < B->nwarps; w++) {
     B->warps[w].regs = aligned_alloc(256, L->register_bytes + 256 - L->register_bytes % 256);
@@ -523,7 +562,9 @@ void run_blocks(Launch *L, int64_t first, int64_t last, int64_t step) {
   for (int w = 0; w < B->nwarps; w++) {
     free(B->warps[w].regs); free(B->warps[w].preds); free(B->warps[w].pend);
     free(B->warps[w].copies); free(B->warps[w].wgmmas);
+    free(B->warps[w].stores);
   }
-  free(B->shared); free(B->state); free(B->generic); free(B->agent); free(B->wclock); free(B->rclock); free(B->reading);
+  free(B->shared); free(B->state); free(B->generic); free(B->agent); free(B->wclock); free(B->rclock);
+  free(B->reading); free(B->storing);
   free(B->tmas); free(B);
 }
