@@ -17,7 +17,7 @@ Both read the same slots of W. Two consumers with a tile each, in strict turns, 
 well but load W twice: 64 KiB where this loads 48, for the same 1,024 tensor-core cycles.
 
 An element costs one FFMA and one EX2, and the FADD of the row's sum: ``2^(outer x - c)`` with the
-scale folded in. Denormals are flushed by EX2. What leaves `exp_fused` goes through a buffer of 32
+scale folded in. EX2 flushes denormals. What leaves `exp_fused_hopper` goes through a buffer of 32
 vocabulary entries and a TMA store, which drops what lies outside of the panel; so nothing but the
 row vectors is masked, at any n.
 
@@ -200,7 +200,7 @@ def _fill(
     WHO: gl.constexpr, ring, buffers, given,
     D: gl.constexpr, LAG: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Consumer `WHO` of `exp_fused`."""
+    """Consumer `WHO` of `exp_fused_hopper`."""
     out, bias, shift, targets, part_sum, target, n, p, v0, splits, inner, outer, slope = given
     BLOCK: gl.constexpr = buffers.shape[2]
     PART: gl.constexpr = BLOCK // PARTS
@@ -247,7 +247,7 @@ def _fill(
 def _sum_up(
     WHO: gl.constexpr, ring, given, D: gl.constexpr, LAG: gl.constexpr, GROUP: gl.constexpr
 ):
-    """Consumer `WHO` of `lse_partials`."""
+    """Consumer `WHO` of `lse_partials_hopper`."""
     bias, targets, partials, target, n, V, span, splits, inner, outer = given
     BLOCK: gl.constexpr = ring[0].shape[1]
     layout: gl.constexpr = gl.SliceLayout(
@@ -305,8 +305,8 @@ def _make_ring(hidden, weight, STAGES: gl.constexpr):
     return rows0, rows1, entries, full, empty, lead
 
 
-@gluon.jit(do_not_specialize=["n", "v0"])
-def exp_fused(
+@gluon.jit(do_not_specialize=["n", "p", "v0", "splits"])
+def exp_fused_hopper(
     hidden,  # descriptor of (n, D), block (128, 64)
     weight,  # descriptor of (p, D), block (128, 64)
     out,  # descriptor of (p, n), block (32, 128)
@@ -348,8 +348,8 @@ def exp_fused(
     )
 
 
-@gluon.jit(do_not_specialize=["n", "span", "splits"])
-def lse_partials(
+@gluon.jit(do_not_specialize=["n", "V", "span", "splits"])
+def lse_partials_hopper(
     hidden,  # descriptor of (n, D), block (128, 64)
     weight,  # descriptor of (V, D), block (128, 64)
     bias,  # (V,) or None

@@ -23,6 +23,16 @@ def dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)
+
+
+def slope(transform: Transform) -> float | None:
+    """``dz/dx`` at 0, or None where it is 1 everywhere."""
+    return None if transform.softcap is None and transform.scale == 1.0 else float(transform.scale)
+
+
 def base2_factors(transform: Transform) -> dict[str, float | None]:
     """``inner`` and ``outer`` of the kernels' base-2 logit."""
     scale, cap = transform

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rpo_kernels.backends import tiles
+from rpo_kernels.backends import gluon_hopper, tiles
 from rpo_kernels.backends import triton_kernels as kernels
-from rpo_kernels.backends.launch import base2_factors, dense, on_device
+from rpo_kernels.backends.launch import base2_factors, blocks, dense, on_device, slope
 from rpo_kernels.backends.triton_sparse import kept_products
 from rpo_kernels.backends.triton_tail import scale_, tail
 from rpo_kernels.backends.triton_targets import finish_panel, put_targets_, target_logits
@@ -45,7 +45,7 @@ def supports(hidden: Tensor) -> None:
             "pass backend='torch'"
         )
     if kernels.INTERPRETED.value:
-        return
+        return gluon_hopper.check(hidden)
     if not hidden.is_cuda:
         raise RuntimeError(
             f"backend='triton': expected tensors on a GPU, got {hidden.device}; "
@@ -56,19 +56,12 @@ def supports(hidden: Tensor) -> None:
         raise RuntimeError(
             "backend='triton': expected compute capability 8.0 or newer; pass backend='torch'"
         )
+    gluon_hopper.check(hidden)
 
 
 def _config(hidden: Tensor) -> tiles.Config:
     family, kind = tiles.of_device(hidden.device)[0], tiles.dtype_class(hidden.dtype.itemsize)
     return tiles.CONFIGS[family, kind]
-
-
-def _slope(transform: Transform) -> float | None:
-    return None if transform.softcap is None and transform.scale == 1.0 else float(transform.scale)
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
 
 
 def _operands(hidden: Tensor, weight: Tensor, tile: tiles.Tile) -> dict:
@@ -98,6 +91,33 @@ def _operands(hidden: Tensor, weight: Tensor, tile: tiles.Tile) -> dict:
     }
 
 
+def lse_partials(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    partials: Tensor,
+    target: Tensor,
+    span: int,
+    transform: Transform,
+) -> None:
+    """Partial log-sum-exps over spans of the vocabulary; `gluon_hopper` has the same."""
+    n, splits, tile = hidden.shape[0], partials.shape[1], _config(hidden).tile
+    kernels.lse_partials[(blocks(n, tile.block_n) * splits,)](
+        **_operands(hidden, weight, tile) | {"PRECISION": tiles.sum_precision()},
+        bias=dense(bias),
+        targets=dense(targets),
+        partials=partials,
+        target=target,
+        n=n,
+        V=weight.shape[0],
+        span=span,
+        splits=splits,
+        **base2_factors(transform),
+        GROUP=tiles.GROUP_ROWS,
+    )
+
+
 def lse_and_target(
     hidden: Tensor,
     weight: Tensor,
@@ -110,34 +130,25 @@ def lse_and_target(
     a row and split of the vocabulary.
     """
     n, vocab, tile = hidden.shape[0], weight.shape[0], _config(hidden).tile
+    gluon = gluon_hopper.takes_sums(hidden, weight, transform)
     # every row begins at a multiple of 16 bytes: Triton compiles for one alignment only
-    shift, sums, target = hidden.new_zeros(3, _blocks(n, 4) * 4, dtype=torch.float32)[:, :n]
+    shift, sums, target = hidden.new_zeros(3, blocks(n, 4) * 4, dtype=torch.float32)[:, :n]
     slots = tiles.of_device(hidden.device)[1] * tile.per_sm
-    least = min(_blocks(vocab, tile.block_v), _blocks(slots, tiles.GROUP_ROWS))
+    least = min(blocks(vocab, tile.block_v), blocks(slots, tiles.GROUP_ROWS))
     step = max(tile.block_n, max_bytes // (8 * least) // tile.block_n * tile.block_n)
     for i in range(0, n, step):
         h = hidden[i : i + step]
         rows = h.shape[0]
-        row_blocks, vocab_blocks = _blocks(rows, tile.block_n), _blocks(vocab, tile.block_v)
+        row_blocks, vocab_blocks = blocks(rows, tile.block_n), blocks(vocab, tile.block_v)
         splits = tiles.choose_splits(row_blocks, vocab_blocks, slots, max_bytes // (8 * rows))
-        blocks = _blocks(vocab_blocks, splits)
-        splits = _blocks(vocab_blocks, blocks)
+        each = blocks(vocab_blocks, splits)
+        splits = blocks(vocab_blocks, each)
         partials = hidden.new_empty(2, splits, rows, dtype=torch.float32)
         with on_device(hidden):
-            kernels.lse_partials[(row_blocks * splits,)](
-                **_operands(h, weight, tile) | {"PRECISION": tiles.sum_precision()},
-                bias=dense(bias),
-                targets=dense(targets[i : i + step]),
-                partials=partials,
-                target=target[i : i + step],
-                n=rows,
-                V=vocab,
-                span=blocks * tile.block_v,
-                splits=splits,
-                **base2_factors(transform),
-                GROUP=tiles.GROUP_ROWS,
-            )
-            kernels.lse_merge[(_blocks(rows, tiles.MERGE_ROWS),)](
+            sum_up = gluon_hopper.lse_partials if gluon else lse_partials
+            part = (bias, targets[i : i + step], partials, target[i : i + step])
+            sum_up(h, weight, *part, each * tile.block_v, transform)
+            kernels.lse_merge[(blocks(rows, tiles.MERGE_ROWS),)](
                 partials=partials,
                 shift=shift[i : i + step],
                 sums=sums[i : i + step],
@@ -173,6 +184,8 @@ def exp_panel(
     config = _config(hidden)
     matmul_first = config.exp_path == "panel" and out.dtype == hidden.dtype
     launch = exp_panel_matmul if matmul_first else exp_panel_fused
+    if gluon_hopper.takes_panel(hidden, weight, out):
+        launch = gluon_hopper.exp_panel
     with on_device(hidden):
         panel = (bias, shift, targets, v0, transform, out, sums, target)
         launch(hidden, weight, *panel, config.tile)
@@ -182,7 +195,7 @@ def reach_of(out: Tensor) -> int:
     """Columns of a panel ``out (p, n)`` that may be written: n, or n rounded up to a multiple of 16
     if every row of `out` ends there, the last one too.
     """
-    n, wide = out.shape[1], _blocks(out.shape[1], 16) * 16
+    n, wide = out.shape[1], blocks(out.shape[1], 16) * 16
     end = (out.storage_offset() + (out.shape[0] - 1) * out.stride(0) + wide) * out.itemsize
     fits = out.stride(0) == wide and end <= out.untyped_storage().nbytes()
     return wide if fits else n
@@ -212,7 +225,7 @@ def _panel_arguments(
         "p": out.shape[0],
         "v0": v0,
         "stride_ov": out.stride(0),
-        "slope": _slope(transform),
+        "slope": slope(transform),
         "enable_fp_fusion": True,
     } | base2_factors(transform)
 
@@ -231,10 +244,10 @@ def exp_panel_fused(
     tile: tiles.Tile,
 ) -> None:
     """`exp_panel` in one kernel: logits stay in float32 registers."""
-    n, blocks = out.shape[1], _blocks(out.shape[0], tile.block_v)
-    part_sum = None if sums is None else hidden.new_empty(blocks, n, dtype=torch.float32)
+    n, parts = out.shape[1], blocks(out.shape[0], tile.block_v)
+    part_sum = None if sums is None else hidden.new_empty(parts, n, dtype=torch.float32)
     arguments = _panel_arguments(bias, shift, targets, v0, transform, out, part_sum, target)
-    grid = (blocks * _blocks(n, tile.block_n),)
+    grid = (parts * blocks(n, tile.block_n),)
     kernels.exp_fused[grid](**_operands(hidden, weight, tile) | arguments, GROUP=tiles.GROUP_VOCAB)
     if sums is not None and part_sum is not None:
         sums.add_(part_sum.sum(0))
@@ -255,9 +268,9 @@ def exp_panel_matmul(
 ) -> None:
     """`exp_panel` as the vendor's matmul into `out`, in its dtype, and one pass in place."""
     torch.mm(weight, hidden.t(), out=out)
-    n, blocks = out.shape[1], _blocks(out.shape[0], tiles.EPILOGUE_VOCAB)
-    part_sum = None if sums is None else hidden.new_empty(blocks, n, dtype=torch.float32)
-    kernels.exp_epilogue[(blocks, _blocks(n, tiles.EPILOGUE_ROWS))](
+    n, parts = out.shape[1], blocks(out.shape[0], tiles.EPILOGUE_VOCAB)
+    part_sum = None if sums is None else hidden.new_empty(parts, n, dtype=torch.float32)
+    kernels.exp_epilogue[(parts, blocks(n, tiles.EPILOGUE_ROWS))](
         **_panel_arguments(bias, shift, targets, v0, transform, out, part_sum, target),
         BLOCK_N=tiles.EPILOGUE_ROWS,
         BLOCK_V=tiles.EPILOGUE_VOCAB,
