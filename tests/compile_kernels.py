@@ -2,6 +2,7 @@
 
     python tests/compile_kernels.py sm_90
     python tests/compile_kernels.py sm_90 --oversized      a tile that no check may let pass
+    python tests/compile_kernels.py sm_90 --gluon          the kernels of `gluon_hopper` instead
 
 Runs in a process of its own, without TRITON_INTERPRET. The launchers say what to compile: they run
 on tensors of the meta device, and every launch is recorded instead of done. So signatures,
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,9 +30,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rpo_kernels.backends import tiles, triton_sparse, triton_tail, triton_targets
+from rpo_kernels.backends import gluon_hopper, tiles, triton_sparse, triton_tail, triton_targets
 from rpo_kernels.backends import triton_backend as backend
 from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.engines.panel import stride
@@ -81,6 +82,8 @@ def record(family: str, calls: Iterator) -> list:
     places += [(triton_tail, n) for n in ("rpo_tail", "scale_in_place")]
     places += [(triton_targets, n) for n in ("pick_logits", "put_entries", "finish_rows")]
     places += [(triton_sparse, "kept_rows"), (triton_sparse, "kept_weight")]
+    if gluon_hopper.wanted():
+        places += [(gluon_hopper.kernels(), f"{n}_hopper") for n in ("exp_fused", "lse_partials")]
     originals = [getattr(module, name) for module, name in places]
     for (module, name), kernel in zip(places, originals, strict=True):
         setattr(module, name, Recorder(kernel, launches))
@@ -124,6 +127,23 @@ def calls_of(
     yield lambda: backend.exp_panel_fused(*arguments, tile)
 
 
+def gluon_calls(dtype: torch.dtype, width: int, transform: Transform, bias: bool, rows: int):
+    """The calls that `gluon_hopper` serves: a whole log-sum-exp and a panel, its targets picked."""
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    hidden, weight, targets = meta(rows, width), meta(V, width), meta(rows, dtype=torch.int64)
+    offset = meta(V) if bias else None
+    shift, total, logit = (meta(rows, dtype=torch.float32) for _ in range(3))
+    out = meta(PANEL, stride(rows, torch.device("cuda")))[:, :rows]
+    yield lambda: backend.lse_and_target(hidden, weight, offset, targets, transform, 2**28)
+    yield lambda: backend.exp_panel(
+        hidden, weight[:PANEL], None if offset is None else offset[:PANEL], shift, targets, 0,
+        transform, out, total, logit,
+    )  # fmt: skip
+
+
 def small_calls(dtype: torch.dtype, width: int, transform: Transform, bias: bool):
     """One call of every launcher whose kernel touches each row or each parameter once."""
     hidden, weight = (torch.empty(x, width, dtype=dtype, device="meta") for x in (N, V))
@@ -161,6 +181,12 @@ def tail_calls(losses):
         yield lambda ref=ref, objective=objective: backend.tail(logps, offsets, ref, objective)
 
 
+def described(value) -> str:
+    """The type of a tensor descriptor, Triton's or Gluon's."""
+    element, layout = POINTERS[value.base.dtype][1:], getattr(value, "layout", None)
+    return f"tensordesc<{element}{value.block_shape}{'' if layout is None else f',{layout!r}'}>"
+
+
 def source(kernel: triton.JITFunction, arguments: dict) -> ASTSource:
     """The source that a launch with these arguments would compile."""
     signature, constants, attributes = {}, {}, {}
@@ -170,9 +196,8 @@ def source(kernel: triton.JITFunction, arguments: dict) -> ASTSource:
         if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):
             signature[name] = "constexpr"
             constants[name] = value
-        elif isinstance(value, TensorDescriptor):
-            element = POINTERS[value.base.dtype][1:]
-            signature[name] = f"tensordesc<{element}{value.block_shape}>"
+        elif hasattr(value, "block_shape"):
+            signature[name] = described(value)
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -182,6 +207,10 @@ def source(kernel: triton.JITFunction, arguments: dict) -> ASTSource:
             signature[name] = "i32" if value < 2**31 else "i64"
             if free and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(kernel, signature, constants, attributes)
     return ASTSource(kernel, signature, constants, attributes)
 
 
@@ -220,6 +249,16 @@ def accesses(asm: dict, kind: str) -> dict[int, int]:
     return {size: found.count(name) for size, name in sizes.items()}
 
 
+def instructions(asm: dict) -> dict[str, int]:
+    """How often each instruction stands in a kernel for NVIDIA, `MUFU.EX2` and the like apart."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(asm["cubin"])
+        cubin.flush()
+        text = nvidia_tool("cuobjdump", "--dump-sass", cubin.name)
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9]*(?:\.EX2)?)", text)
+    return dict(Counter(found))
+
+
 def build(family: str, kernel: triton.JITFunction, arguments: dict, label: str) -> dict:
     """Compile one launch and describe the result."""
     begin = time.perf_counter()
@@ -239,15 +278,31 @@ def build(family: str, kernel: triton.JITFunction, arguments: dict, label: str) 
         "stores": accesses(compiled.asm, "store"),
         "loads": accesses(compiled.asm, "load"),
         "tile": [arguments.get(name) for name in ("BLOCK_N", "BLOCK_V", "num_warps")],
+        "instructions": instructions(compiled.asm) if kernel.is_gluon() else None,
         "seconds": round(time.perf_counter() - begin, 2),
     }
 
 
-def main(family: str, oversized: bool) -> None:
+def gluon_cases() -> list:
+    """The launches of the kernels for Hopper."""
+    os.environ[gluon_hopper.VARIABLE] = "gluon"
+    found = []
+    for label, *case in (
+        ("bf16", torch.bfloat16, D, Transform(), False, N),
+        ("fp16 capped bias ragged", torch.float16, RAGGED, Transform(1.0, 30.0), True, ODD),
+    ):
+        launches = record("sm_90", gluon_calls(*case))
+        found += [(*x, label) for x in launches if x[0].__name__.endswith("_hopper")]
+    return found
+
+
+def main(family: str, oversized: bool, gluon: bool) -> None:
     """Compile everything for one family and print a JSON list."""
     gemma, plain = Transform(1.0, 30.0), Transform()
     cases = []
-    if oversized:
+    if gluon:
+        cases = gluon_cases()
+    elif oversized:
         huge = tiles.Tile(256, 256, 64, 8, 4)
         calls = calls_of(family, torch.bfloat16, D, plain, False, huge)
         cases += [(*launch, "oversized") for launch in record(family, calls)]
@@ -283,4 +338,4 @@ def main(family: str, oversized: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--oversized" in sys.argv[2:])
+    main(sys.argv[1], "--oversized" in sys.argv[2:], "--gluon" in sys.argv[2:])
