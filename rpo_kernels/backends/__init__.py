@@ -2,7 +2,8 @@
 
 A backend is a module with the functions of `Backend`: `torch_backend` runs anywhere,
 `triton_backend` on GPUs (its kernels stand in `triton_kernels`, `triton_sparse`, `triton_targets`
-and `triton_tail`, their tile sizes in `tiles`). The two do not import each other.
+and `triton_tail`, their tile sizes in `tiles`; `gluon_hopper` has others for Hopper, on request).
+The two do not import each other.
 """
 
 from __future__ import annotations

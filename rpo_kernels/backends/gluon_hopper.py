@@ -60,7 +60,7 @@ def kernels() -> ModuleType:
         from rpo_kernels.backends import gluon_kernels
     except (ImportError, AttributeError, TypeError) as error:
         raise RuntimeError(
-            f"{VARIABLE}=gluon: expected a Triton with Gluon as in 3.7, got Triton "
+            f"{VARIABLE}=gluon: expected a Triton with Gluon as in 3.6 to 3.8, got Triton "
             f"{triton.__version__} ({error}); install triton==3.7.1, or unset {VARIABLE}"
         ) from error
     return gluon_kernels
