@@ -99,9 +99,10 @@ def takes_panel(hidden: Tensor, weight: Tensor, out: Tensor) -> bool:
 
 def takes_sums(hidden: Tensor, weight: Tensor, transform: Transform) -> bool:
     """Whether `lse_partials` is to run on `hidden` (n, D) and `weight` (V, D)."""
-    if not wanted() or hidden.dtype.itemsize != 2 or base2_factors(transform)["outer"] <= 0:
+    if not wanted() or hidden.dtype.itemsize != 2:
         return False
-    return _addressable(hidden) and _addressable(weight)
+    rising = transform.softcap is not None or transform.scale > 0
+    return rising and _addressable(hidden) and _addressable(weight)
 
 
 def _described(matrix: Tensor, rows: int, columns: int):
