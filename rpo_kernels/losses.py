@@ -13,8 +13,8 @@ graph is ever built.
 
 The functions use nothing but arithmetic and the five names imported below (`exp`, `log`, `relu`,
 `sigmoid`, `logsigmoid`) plus `where`, so that `backends.triton_tail` compiles *the same source*
-into its tail kernel: no loss is written twice. `tests/test_losses.py` checks every slope against
-float64 autograd.
+into its tail kernel: no loss is written twice. `tests/kernels/test_losses.py` checks every slope
+against float64 autograd.
 """
 
 from __future__ import annotations

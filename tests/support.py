@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -32,6 +33,7 @@ from torch.utils import deterministic
 from rpo_kernels import oracle
 from rpo_kernels.engines.panel import capacity
 
+ROOT = Path(__file__).resolve().parents[1]
 IGNORE = -100
 QUADRATIC = {"ipo", "sppo_hard"}  # losses that are no function of an exponential
 ROUNDINGS = 4  # eps of seven operations one after another: a difference, beta, a sigmoid (two),

@@ -4,7 +4,7 @@ None was chosen by measurement yet. The Hopper entry follows from arithmetic: a 
 step of bf16 takes 1,024 tensor-core cycles an SM and loads 48 KiB through L2, where two of 128 x
 128 load 64 KiB in the same time; four such stages fill the shared memory, and 256 threads hold
 the accumulator in 128 registers each. float32 products are exact FMAs without matrix units
-(except on CDNA), so their tiles are small. `tests/test_triton_compile.py` compiles every entry
+(except on CDNA), so their tiles are small. `tests/triton/test_compile.py` compiles every entry
 and checks shared memory, spills and matrix instructions; `benchmarks/autotune.py` times candidates.
 
 Key: N rows, V vocabulary, D hidden size.

@@ -1,6 +1,6 @@
 """Runs Triton's compiled NVIDIA kernels (PTX) on a CPU, end to end through Triton's own JIT path.
 
-    from gpu_emulator import install
+    from tests.gpu_emulator import install
     driver = install(sm=80)            # now triton kernels launched on CPU tensors are emulated
     ...
     print(driver.report())             # launches, and every fault that was seen
@@ -8,6 +8,6 @@
 README.md has the list of files, what is checked, and the limits.
 """
 
-from gpu_emulator.driver import EmulatedDriver, install
+from tests.gpu_emulator.driver import EmulatedDriver, install
 
 __all__ = ["EmulatedDriver", "install"]

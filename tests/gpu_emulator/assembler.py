@@ -11,9 +11,9 @@ import struct
 
 import numpy as np
 
-from gpu_emulator import isa
-from gpu_emulator.bytecode import INS, OPS, SPECIAL, Program
-from gpu_emulator.ptx import SIZES, Address, Kernel, Statement, parse
+from tests.gpu_emulator import isa
+from tests.gpu_emulator.bytecode import INS, OPS, SPECIAL, Program
+from tests.gpu_emulator.ptx import SIZES, Address, Kernel, Statement, parse
 
 
 class Unsupported(NotImplementedError):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu_emulator import isa
-from gpu_emulator.ptx import Kernel, Statement
+from tests.gpu_emulator import isa
+from tests.gpu_emulator.ptx import Kernel, Statement
 
 SPECIAL = ["%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y",
            "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid", "%warpid"]  # fmt: skip

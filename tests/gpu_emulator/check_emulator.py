@@ -1,6 +1,6 @@
 """The emulator itself: right results of small kernels, and a fault for each planted mistake.
 
-    PYTHONPATH=tests pytest -p gpu_emulator.plugin --sm 90 tests/gpu_emulator/check_emulator.py
+    python -m pytest -p tests.gpu_emulator.plugin --sm 90 tests/gpu_emulator/check_emulator.py
 
 A mistake is either in a kernel's source, or made in its bytecode: an instruction is dropped, or its
 address shifted.
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gpu_emulator.bytecode import FAULTS, OPS
-from gpu_emulator.launcher import LaunchError
+from tests.gpu_emulator.bytecode import FAULTS, OPS
+from tests.gpu_emulator.launcher import LaunchError
 
 KINDS = dict(FAULTS)
 

@@ -1,6 +1,6 @@
 """What a kernel of `rpo_kernels` does not touch: counted in instructions.
 
-PYTHONPATH=tests pytest -p gpu_emulator.plugin --sm 90 tests/gpu_emulator/check_traffic.py
+python -m pytest -p tests.gpu_emulator.plugin --sm 90 tests/gpu_emulator/check_traffic.py
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
 
-from gpu_emulator import machine
-from gpu_emulator.launcher import Launcher
+from tests.gpu_emulator import machine
+from tests.gpu_emulator.launcher import Launcher
 
 KIB = 1024
 

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 import triton
 
-from gpu_emulator.driver import install
+from tests.gpu_emulator.driver import install
 
 
 def float32_products(out, a, b, accumulate, scale=1.0):

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import triton
 
-from gpu_emulator import isa
-from gpu_emulator.assembler import assemble
-from gpu_emulator.bytecode import BY_DESIGN, FAULTS, c_header
+from tests.gpu_emulator import isa
+from tests.gpu_emulator.assembler import assemble
+from tests.gpu_emulator.bytecode import BY_DESIGN, FAULTS, c_header
 
 SHARED_BASE = 1024  # the hardware keeps the first KiB
 HERE = Path(__file__).parent

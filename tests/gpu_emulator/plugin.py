@@ -1,6 +1,6 @@
 """pytest plugin: tests of Triton kernels, on an emulated GPU.
 
-    PYTHONPATH=tests pytest -p gpu_emulator.plugin --sm 90 tests/test_triton_kernels.py
+    python -m pytest -p tests.gpu_emulator.plugin --sm 90 tests/triton/test_kernels.py
 
 A test fails if the emulator sees a fault in any launch, besides what the test itself checks.
 `--noise` and `--seed` are those of `EmulatedDriver`. Launches and faults are printed at the end.
@@ -16,7 +16,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 import pytest
 import torch
 
-from gpu_emulator.harness import gpu
+from tests.gpu_emulator.harness import gpu
 
 DRIVER = pytest.StashKey()
 
