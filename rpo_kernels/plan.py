@@ -193,9 +193,9 @@ def report(shape: Shape, device_gib: float | None, seconds: dict[str, float], de
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, prog: str = "python -m rpo_kernels.plan") -> None:
     """Parse the command line and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m rpo_kernels.plan", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--config", help="config.json or model folder")
     parser.add_argument("--hidden_size", type=int)
     parser.add_argument("--vocab_size", type=int)

@@ -220,6 +220,12 @@ def load(training: Training, folder: Path, accelerator: Accelerator) -> None:
         _set_random_state(state["random"])
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint in `folder`, 0 without one."""
+    found = _checkpoints(folder)
+    return int(found[-1].name.removeprefix("checkpoint-")) if found else 0
+
+
 def clear(folder: Path, resuming: bool) -> None:
     """Remove what a killed process left half-written and, unless resuming, an earlier run's."""
     for path in [*folder.glob(".checkpoint-*"), *([] if resuming else _checkpoints(folder))]:

@@ -10,13 +10,19 @@ from accelerate.utils import get_int_from_env
 from tqdm import tqdm
 
 
-def progress(items: Sequence, description: str, done: int = 0) -> tqdm:
-    """A progress bar over `items`, `done` of which are, with elapsed and remaining time."""
+def progress(items: Sequence, description: str, done: int = 0, lines: bool = False) -> tqdm:
+    """A progress bar over `items`, `done` of which are, with elapsed and remaining time.
+
+    Where the output is no terminal it is written twice a minute, or with `lines` not at all, as the
+    caller says a line at a time then.
+    """
+    terminal = sys.stderr.isatty()
     return tqdm(
         items,
         initial=done,
         desc=f"{description:<10}",
-        disable=not PartialState().is_main_process,
+        disable=not PartialState().is_main_process or (lines and not terminal),
+        mininterval=0.1 if terminal else 30.0,
         dynamic_ncols=True,
     )
 

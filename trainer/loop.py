@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -16,8 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from trainer import best
 from trainer.config.fields import RunConfig
-from trainer.console import progress
+from trainer.console import progress, say
 from trainer.data.batches import Indices, Split, Step, named_pairs, pack, plan_pass
 from trainer.model.policy import PolicyOutput
 from trainer.output import RunLog
@@ -32,6 +34,7 @@ except ModuleNotFoundError:  # Windows
 METRICS = (
     "loss", "loss/dpo", "loss/sft", "loss/aux", "rewards/accuracies", "rewards/margins",
     "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logps/chosen_delta",
+    "grad/skipped",
 )  # fmt: skip
 
 
@@ -39,17 +42,17 @@ COOLER = "lower learning_rate, or use dtype float32 if it is not"
 
 
 def metric_shares(out: PolicyOutput, ref_logps: Tensor | None, num_pairs: int) -> Tensor:
-    """`METRICS` (11,) of a batch as its share of `num_pairs` pairs; a step's shares add up.
+    """`METRICS` (12,) of a batch as its share of `num_pairs` pairs; a step's shares add up.
 
-    Without ref_logps (2B,) the last, chosen log-probs against the reference, is NaN; without a
-    routers' loss that is 0.
+    Without ref_logps (2B,) the chosen log-probs against the reference are NaN; a routers' loss and
+    a skipped share of the gradient are 0 where there is none.
     """
     ref = math.nan if ref_logps is None else ref_logps[: len(out.chosen_logps)]
     sums = [
         x.sum() / num_pairs
         for x in (
             out.chosen_rewards, out.rejected_rewards, out.chosen_logps, out.rejected_logps,
-            out.chosen_logps - ref,
+            out.chosen_logps - ref, out.skipped.expand(len(out.chosen_logps)),
         )
     ]  # fmt: skip
     aux = out.loss.new_zeros(()) if out.aux_loss is None else out.aux_loss
@@ -58,9 +61,10 @@ def metric_shares(out: PolicyOutput, ref_logps: Tensor | None, num_pairs: int) -
 
 
 def named(values: Tensor) -> dict[str, float]:
-    """`METRICS` (11,) by name, without those that are not defined."""
+    """`METRICS` (12,) by name, without those that are not defined."""
     pairs = zip(METRICS, values.tolist(), strict=True)
-    missing = {"logps/chosen_delta": math.isnan, "loss/aux": lambda v: v == 0}
+    missing = dict.fromkeys(("loss/aux", "grad/skipped"), lambda v: v == 0)
+    missing["logps/chosen_delta"] = math.isnan
     return {k: v for k, v in pairs if not (k in missing and missing[k](v))}
 
 
@@ -90,7 +94,7 @@ def run_step(
             of log-probs says that were summed in other batches.
 
     Returns:
-        `METRICS` (11,) of the step, the same on every rank.
+        `METRICS` (12,) of the step, the same on every rank.
     """
     model.train(train)  # for adapters' dropout; the model's own is off
     pairs, num_pairs = split.pairs, len(step.indices)
@@ -209,14 +213,18 @@ def train(
         Stopped: SIGTERM or Ctrl-C came; the checkpoint is written.
     """
     last, folder = len(steps), None
-    bar = progress(steps, "training", training.step)
+    bar = progress(steps, "training", training.step, lines=True)
     for step in steps[training.step :]:
+        if best.out_of_patience(training.log.rows, config):
+            end_early(training, config)
+            break
         take_step(training, split, step, config, accelerator)
-        if training.step % config.logging_steps == 0 or training.step == last:
-            training.log.write({"step": training.step} | mean_row(training.window))
-            training.window.clear()
-            bar.set_postfix(shown(training.log.rows[-1]), refresh=False)
         bar.update()
+        if training.step % config.logging_steps == 0 or training.step == last:
+            row = log_window(training)
+            bar.set_postfix(shown(row))
+            if bar.disable:
+                say(line(row, last))
         if number := stop.received():
             raise Stopped(number, save_now())
         if owes_evaluation(training, config, last):
@@ -226,6 +234,24 @@ def train(
     bar.close()
     if number := stop.received():
         raise Stopped(number, folder or save_now())
+
+
+def log_window(training: Training) -> dict[str, float]:
+    """Write the row of the steps since the last one."""
+    row = {"step": training.step} | mean_row(training.window)
+    training.log.write(row)
+    training.window.clear()
+    return row
+
+
+def end_early(training: Training, config: RunConfig) -> None:
+    """Say why no further step is taken, and log those that are not in a row yet."""
+    if training.window:
+        log_window(training)
+    say(
+        f"ends early, after step {training.step}: {config.metric_for_best_model} has not improved "
+        f"in {config.early_stopping_patience} evaluations"
+    )
 
 
 def owes_evaluation(training: Training, config: RunConfig, last: int) -> bool:
@@ -297,7 +323,7 @@ def mean_row(window: list[dict[str, float]]) -> dict[str, float]:
     seconds, row = sum(step["seconds"] for step in window), {}
     for name in (*METRICS, "grad_norm"):  # the last is not defined for a skipped step
         if found := [step[name] for step in window if name in step]:
-            row[name] = sum(found) / len(found)
+            row[name] = sum(found) / (len(found) if name == "grad_norm" else len(window))
     if "skipped_steps" in window[0]:
         row["skipped_steps"] = sum(step["skipped_steps"] for step in window)
     return row | {
@@ -322,6 +348,13 @@ def check_finite(step: int, loss: float, grad_norm: float) -> None:
     """Stop before a NaN reaches the weights."""
     if not math.isfinite(loss + grad_norm):
         raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {COOLER}")
+
+
+def line(row: dict[str, float], last: int) -> str:
+    """A logged row where there is no progress bar, with the time that is left."""
+    left = timedelta(seconds=round((last - row["step"]) * row["step_seconds"]))
+    values = "  ".join(f"{name} {value}" for name, value in shown(row).items())
+    return f"step {row['step']:.0f}/{last}  {values}  left {left}"
 
 
 def shown(row: dict[str, float]) -> dict[str, str]:

@@ -8,11 +8,11 @@ evaluator takes models: a folder, a hub id or `package:NAME`, each with `/FILE.g
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -20,6 +20,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trainer.config import options
 from trainer.config.fields import RunConfig
 from trainer.errors import InputError
 from trainer.model.adapters import ADAPTER_FILE, refuse_tied_adapters
@@ -147,21 +148,28 @@ def _check_kind(adapted: PeftModel, folder: Path) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """An adapter and its base as one model."""
+
+    adapter: str
+    """Folder of the adapter, as the trainer or peft saved it."""
+    output_dir: str
+    """Where the whole model goes, a new or empty folder."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of its weights, which are merged in float32."""
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m trainer.merge") -> None:
     """Read the command line, merge, save; what the user got wrong is one message."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.merge", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
-    add = parser.add_argument
-    add("adapter", metavar="FOLDER", help="the adapter, as the trainer or peft saved it")
-    add("--output_dir", required=True, metavar="DIR", help="where the whole model goes")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-        help="type of its weights, which are merged in float32 [float32]")  # fmt: skip
-    args = parser.parse_args(argv)
+    parser = options.make_parser(Options, prog, __doc__.strip(), positional="adapter")
+    words = sys.argv[1:] if argv is None else argv
     try:
-        merge_folder(**vars(args))
+        asked = options.build(Options, options.read(parser, Options, words))
+        merge_folder(**vars(asked))
     except InputError as error:
         sys.exit(f"error: {error}")
-    print(f"written: {args.output_dir}")
+    print(f"written: {asked.output_dir}")
 
 
 def merge_folder(adapter: str, output_dir: str, dtype: str) -> None:

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
@@ -100,13 +101,41 @@ class RunLog:
         """Where the trained model goes."""
         return self.folder / MODEL_FOLDER
 
-    def finish(self, seconds: float) -> None:
-        """Draw the plot, and print what changed."""
+    def finish(self, seconds: float, kept: dict[str, float] | None = None) -> None:
+        """Draw the plot, and print what changed, and what one may do with the model.
+
+        Args:
+            seconds: wall time of the run.
+            kept: the evaluation of the model that is saved, if it is not the last.
+        """
         if PartialState().is_main_process:
             plot_run(self.rows, self.folder / PLOT_FILE)
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        say(f"{summary(self.rows)}\nfinished in {seconds:.0f} s: {self.folder}")
+        rows = [row for row in self.rows if kept is None or row["step"] <= kept["step"]]
+        if kept:
+            say(f"the best model is that of step {kept['step']:.0f}")
+        say(f"{summary(rows)}\nfinished in {seconds:.0f} s: {self.folder}")
+        say(f"talk to it: rpo chat {self.model_folder}\n")
+
+
+def split_report(name: str, report: dict[str, Any]) -> str:
+    """What became of a split's rows: its size, and a line for everything that is not as it was."""
+    lines = [
+        f"{name:<5}  {report['pairs']:,} pairs, {report['tokens']:,} tokens of which "
+        f"{report['trained_tokens']:,} are trained on, longest sequence {report['longest']:,}"
+    ]
+    if report["truncated_pairs"]:
+        lines.append(
+            f"{report['truncated_pairs']:,} pairs cut to max_length: "
+            f"{report['truncated_prompts']:,} prompts, {report['truncated_responses']:,} responses"
+        )
+    if report["untrained_turns"]:
+        lines.append(f"{report['untrained_turns']:,} assistant turns are read and not trained on")
+    for what in ("dropped", "bad_rows", "sources"):
+        counts = report[what].items() if what != "sources" or len(report[what]) > 1 else ()
+        lines += [f"{what.replace('_', ' ')}, {why}: {count:,}" for why, count in counts]
+    return "\n       ".join(lines)
 
 
 def check_trackers(config: RunConfig) -> None:

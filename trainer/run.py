@@ -9,7 +9,6 @@ python trainer/run.py --help                                      every field
 import ctypes
 import os
 import shutil
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -23,11 +22,9 @@ if not __package__:  # run as a script: import from the repository, not from thi
     sys.path[:] = [str(folder.parent), *(p for p in sys.path if Path(p or ".").resolve() != folder)]
 
 if __name__ == "__main__":
-    # Ctrl-C kills without a traceback, except while `StopSignal` waits for a checkpoint.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
-        # SIGTERM ends `accelerate launch` alone: the kernel then sends it to this process, too.
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    from trainer import signals
+
+    signals.end_at_once()
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -35,7 +32,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from trainer import card, checkpoint, console, output, preview
+from trainer import best, card, checkpoint, console, output, preview
 from trainer.config.fields import RunConfig
 from trainer.config.recipe import parse_config
 from trainer.data.batches import Split, Step, cost, plan_training, regroup, share_prefixes, spread
@@ -60,6 +57,7 @@ from trainer.stop import Stopped, StopSignal
 
 def run(config: RunConfig) -> list[dict[str, float]]:
     """Run a config from files to a saved model; returns the rows of `metrics.jsonl`."""
+    config = with_dtype(config)
     if config.dry_run:
         return run_alone(config)
     with output.only_writer(config.output_dir):
@@ -111,9 +109,13 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
             split, steps = splits["eval"], plans["eval"]
             values = evaluate(model, split, steps[0], accelerator, training.untrained)
             log.write({"step": training.step} | values)
+            best.keep(log.rows, config, save_model_in, checkpoint.newest_step(log.folder))
             if config.sample_prompts:
                 answers = take_samples(model, tokenizer, splits["eval"], config, accelerator)
                 log.write_samples(training.step, answers)
+
+    def save_model_in(folder: Path) -> None:
+        save(training, tokenizer, folder, accelerator)
 
     def save_now() -> Path:
         limit = config.save_total_limit
@@ -129,6 +131,15 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
         train(*todo, config, accelerator, evaluate_now, save_now, stop)
         finish(training, tokenizer, config, started, accelerator)
     return log.rows
+
+
+def with_dtype(config: RunConfig) -> RunConfig:
+    """The config with the type that `dtype: auto` stands for on this machine."""
+    if config.dtype != "auto":
+        return config
+    half = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    half = half or config.model_dtype == "bfloat16"
+    return replace(config, dtype="bfloat16" if half else "float32")
 
 
 def check(config: RunConfig) -> Path | None:
@@ -161,8 +172,7 @@ def read_data(config: RunConfig, source: str) -> tuple[PreTrainedTokenizerBase, 
     splits = {}
     for name, (rows, bad) in read_splits(config).items():
         splits[name] = encode_rows(rows, tokenizer, limits, bad, options)
-        counts = splits[name].report.items()
-        console.say(f"{name:<5} {', '.join(f'{key} {value}' for key, value in counts)}")
+        console.say(output.split_report(name, splits[name].report))
         if config.prefix_sharing:
             splits[name].pairs = share_prefixes(splits[name].pairs)
     return tokenizer, splits
@@ -183,6 +193,10 @@ def open_log(
     log = output.RunLog(config, reports, earlier, accelerator)
     if accelerator.is_main_process:
         checkpoint.clear(log.folder, resuming=resumed is not None)
+        if not resumed:
+            best.remove(log.folder)
+    if resumed:
+        best.take_over(log.rows, config, resumed)
     return log
 
 
@@ -211,6 +225,20 @@ def prepare(
     return accelerator.prepare(policy, make_optimizer(policy, config))
 
 
+def save(
+    training: Training, tokenizer: PreTrainedTokenizerBase, folder: Path, accelerator: Accelerator
+) -> None:
+    """Write the model as it is into a folder, complete once it is there; every rank calls it."""
+    weights = distributed.whole_weights(training.model)
+    if accelerator.is_main_process:
+        draft = folder.with_name(f".{folder.name}")
+        for path in (draft, folder):
+            shutil.rmtree(path, ignore_errors=True)
+        save_model(accelerator.unwrap_model(training.model).model, tokenizer, draft, weights)
+        draft.rename(folder)
+    accelerator.wait_for_everyone()
+
+
 def finish(
     training: Training,
     tokenizer: PreTrainedTokenizerBase,
@@ -219,17 +247,20 @@ def finish(
     accelerator: Accelerator,
 ) -> None:
     """Save the model, draw the plot, write the model card, and upload them if asked to."""
-    log, weights = training.log, distributed.whole_weights(training.model)
+    log = training.log
     draft = log.model_folder.with_name(f".{log.model_folder.name}")
-    if accelerator.is_main_process:
-        policy = accelerator.unwrap_model(training.model)
+    kept = config.metric_for_best_model and best.best_row(log.rows, config.metric_for_best_model)
+    if kept and accelerator.is_main_process:
         shutil.rmtree(draft, ignore_errors=True)
-        save_model(policy.model, tokenizer, draft, weights)
-    log.finish(time.perf_counter() - started)
+        shutil.copytree(best.folder_of(int(kept["step"]), log.folder), draft)
+    elif not kept:
+        save(training, tokenizer, draft, accelerator)
+    log.finish(time.perf_counter() - started, kept or None)
     if accelerator.is_main_process:
         card.write_card(config, log.rows, log.samples, draft)
         shutil.rmtree(log.model_folder, ignore_errors=True)  # of the run that was resumed
         draft.rename(log.model_folder)
+        best.remove(log.folder)
         if config.push_to_hub:
             card.push(config, log.model_folder)
     accelerator.wait_for_everyone()
@@ -317,15 +348,15 @@ def start(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def main() -> None:
+def main(argv: list[str] | None = None, prog: str = "trainer/run.py") -> None:
     """Read the command line and run; what the user got wrong is one message, not a traceback."""
     try:
-        run(parse_config(sys.argv[1:]))
+        run(parse_config(sys.argv[1:] if argv is None else argv, prog))
         PartialState().destroy_process_group()  # after the model is gone: DDP's end waits for ranks
     except InputError as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
-        console.say(f"{stopped}; go on with --resume_from_checkpoint auto")
+        console.say(f"{stopped}; resume with --resume_from_checkpoint auto")
         sys.exit(128 + stopped.number)
 
 

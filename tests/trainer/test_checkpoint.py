@@ -226,8 +226,8 @@ def test_damaged_checkpoints_are_named_and_left_out(tiny, tmp_path, capsys):
 def test_the_limit_spares_what_was_just_saved(tiny, tmp_path):
     """The run goes on from an older checkpoint beside a later one."""
     folder = tmp_path / "out"
-    words = ["--max_steps", "4", "--save_steps", "2", "--eval_steps", "0"]
-    run.run(parse_config([*tiny, *words, "--output_dir", str(folder)]))
+    words = ["--max_steps", "4", "--eval_steps", "0"]
+    run.run(parse_config([*tiny, *words, "--save_steps", "2", "--output_dir", str(folder)]))
     words += ["--save_steps", "3", "--save_total_limit", "1"]
     resume(tiny, folder, folder / "checkpoint-2", *words)
     assert [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-3"]
@@ -256,7 +256,7 @@ REFUSED = [
         ["--sample_prompts", "0", "--eval_file"],
         "eval_file: .* was written with [0-9a-f]{16}, got None; set it back",
     ),
-    (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: expected auto or a folder"),
+    (["nowhere"], "resume_from_checkpoint: expected auto or a folder"),
     (["--overwrite_output_dir", "true"], "resume_from_checkpoint: expected null with overwrite"),
 ]
 
@@ -267,8 +267,9 @@ def test_a_change_that_alters_the_run_is_refused(tiny, whole, words, message):
     recipe = yaml.safe_load(Path(tiny[1]).read_text())
     words = [word.format(eval=recipe["eval_file"]) for word in words]
     words += ["--eval_file", recipe["eval_file"]] if "--train_file" in words else []
+    where, words = (words[0], []) if words == ["nowhere"] else ("auto", words)
     with pytest.raises(InputError, match=message):
-        resume(tiny, whole, "auto", *words)
+        resume(tiny, whole, where, *words)
     assert same(outcome(whole), before)
 
 

@@ -51,8 +51,8 @@ def test_a_dry_run_prints_and_ends(words, tmp_path, monkeypatch, capsys):
     torch.set_num_threads(threads)
     out = capsys.readouterr().out
     assert "sample 1, chosen" in out and "sample 2, rejected" in out
-    assert re.search(r"train +pairs 20, .*truncated_pairs 0, .*dropped \{\}", out)
-    assert re.search(r"eval +pairs 2,", out) and "tokens of a training sequence" in out
+    assert re.search(r"train +20 pairs, [\d,]+ tokens of which [\d,]+ are trained on", out)
+    assert re.search(r"eval +2 pairs,", out) and "tokens of a training sequence" in out
     assert re.search(r"3 steps of 8 pairs, 1.00 epochs\n  1 process.*, 2 pass", out)
     # 259 x 32 embeddings, tied; per layer 3,072 + 6,144 of matrices and 64 of norms; a last norm
     assert f"{(259 * 32 + 2 * (3072 + 6144 + 64) + 32) / 1e6:.1f} M parameters" in out
@@ -71,9 +71,8 @@ def memory(words, tmp_path):
     small = ["--max_workspace_mb", "0.2"]
 
     def memory(*own):
-        config = parse_config(
-            [*words, "--model_name_or_path", str(tmp_path / "wide"), *small, *own]
-        )
+        model = ["--model_name_or_path", str(tmp_path / "wide")]
+        config = run.with_dtype(parse_config([*model, *words[2:], *small, *own]))
         split = tiny_split(8)
         plan = run.plan(config, {"train": split}, ranks=1)["train"]
         return memory_plan(config, config.model_name_or_path, split, plan)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from trainer import card, output, run
 from trainer.config.recipe import parse_config
 from trainer.errors import InputError
 from trainer.model.loading import load_tokenizer
+from trainer.output import split_report
 from trainer.run import keep_freed_memory
 
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
@@ -262,6 +264,26 @@ def test_skipped_rows_are_reported(tiny, tmp_path):
     assert report["train"]["bad_rows"] == {"missing field": 1} and report["train"]["pairs"] == 2
 
 
+def test_a_split_is_told_by_what_became_of_its_rows():
+    report = {"pairs": 1200, "tokens": 34567, "trained_tokens": 890, "longest": 64}
+    report |= {"truncated_pairs": 0, "truncated_prompts": 0, "truncated_responses": 0}
+    report |= {"untrained_turns": 0, "dropped": {}, "bad_rows": {}, "sources": {"a.jsonl": 1200}}
+    plain = "train  1,200 pairs, 34,567 tokens of which 890 are trained on, longest sequence 64"
+    assert split_report("train", report) == plain
+    report |= {"truncated_pairs": 3, "truncated_prompts": 3, "bad_rows": {"no prompt": 2}}
+    report |= {"untrained_turns": 4, "dropped": {"too long": 1}}
+    report["sources"] = {"a.jsonl": 1000, "b.jsonl": 200}
+    assert [line.strip() for line in split_report("train", report).splitlines()] == [
+        plain,
+        "3 pairs cut to max_length: 3 prompts, 0 responses",
+        "4 assistant turns are read and not trained on",
+        "dropped, too long: 1",
+        "bad rows, no prompt: 2",
+        "sources, a.jsonl: 1,000",
+        "sources, b.jsonl: 200",
+    ]
+
+
 def test_held_out_data_of_which_nothing_is_left_is_named(tiny, tmp_path):
     held_out = write_jsonl(tmp_path / "long.jsonl", [GOOD | {"prompt": "2" * 300}])
     words = ["--eval_file", held_out, "--truncation_mode", "drop", "--max_length", "256"]
@@ -279,8 +301,12 @@ def test_accelerate_launch(tiny, tmp_path):
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
     code, output = launch([*accelerate, *script])
     assert code == 0, output
-    assert "margin=" in output and "acc=" in output and "tok/s=" in output
+    steps = re.findall(
+        r"step (\d)/2  loss [\d.]+  margin \S+  acc \S+  tok/s \d+  left \S+", output
+    )
+    assert steps == ["1", "2"]  # lines, as the output is no terminal
     assert "held-out" in output and "before" in output and "finished in" in output
+    assert f"talk to it: rpo chat {tmp_path / 'out' / 'model'}" in output
     assert len(read_metrics(tmp_path / "out")) == 4
 
 

@@ -108,9 +108,23 @@ def test_reference_free_losses_need_no_reference():
     policy, accelerator = tiny_policy(loss_type="simpo", reference="none")
     step = Step((((0, 1),),))
     values = run_step(policy, as_split(tiny_split(2).pairs), step, accelerator, train=True)
-    assert METRICS[-1] == "logps/chosen_delta" and values[-1].isnan()  # against nothing
-    assert values[:-1].isfinite().all()
-    assert set(named(values)) == {*METRICS[:-1]} - {"loss/aux"}
+    found, against = dict(zip(METRICS, values, strict=True)), "logps/chosen_delta"
+    assert found.pop(against).isnan()  # against nothing
+    assert all(value.isfinite() for value in found.values())
+    assert set(named(values)) == {*METRICS} - {against, "loss/aux", "grad/skipped"}
+
+
+def test_what_a_tolerance_left_out_is_told():
+    """The share that the head certifies, a mean over pairs however the step is split."""
+    policy, accelerator = tiny_policy(loss_type="simpo", reference="none", grad_tolerance=0.5)
+    split, shares = as_split(tiny_split(4).pairs), []
+    for passes in ((0, 1), (2, 3)):
+        step = Step(((passes,),))
+        shares.append(named(run_step(policy, split, step, accelerator, train=True)))
+    whole = named(run_step(policy, split, Step((((0, 1),), ((2, 3),))), accelerator, train=True))
+    parts = [share.get("grad/skipped", 0.0) for share in shares]
+    assert 0 < whole["grad/skipped"] <= 0.5
+    assert whole["grad/skipped"] == pytest.approx(sum(parts) / 2, rel=4 * EPS)
 
 
 def test_bfloat16_keeps_float32_weights_and_a_finite_loss():

@@ -6,9 +6,7 @@ config is built, wherever they come from.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import typing
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +15,25 @@ import yaml
 
 from trainer.config import values
 from trainer.errors import InputError
+
+# Metrics of an evaluation by which models are compared: the lower loss, or the higher of another.
+Best = Literal["loss", "loss/dpo", "loss/sft", "rewards/accuracies", "rewards/margins",
+               "rewards/chosen", "logps/chosen"]  # fmt: skip
+
+# What fields are about, by the first of each group, for `--help` and the README.
+GROUPS = {
+    "model_name_or_path": "model",
+    "train_file": "data",
+    "loss_type": "loss",
+    "reference": "reference model",
+    "use_peft": "adapters (LoRA)",
+    "max_steps": "steps and batches",
+    "optim": "optimizer",
+    "dtype": "precision, memory and speed",
+    "logging_steps": "logging and evaluation",
+    "save_steps": "checkpoints",
+    "dry_run": "output",
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,8 @@ class RunConfig:
     """Whether the SFT weight is eta times beta; null means for `sum` only, as its authors do."""
     label_smoothing: float = 0.0
     """Assumed share of flipped preferences, for the losses that define it."""
+    simpo_gamma: float | None = None
+    """SimPO's target margin, for `loss_type: simpo` alone; null is `rpo_kernels`' default."""
     reference: Literal["precomputed", "online", "adapter", "none"] = "precomputed"
     """Reference log-probs: computed once and kept on disk, by a second model beside the policy, by
     the policy without its adapters, or none, for the reference-free losses."""
@@ -125,7 +144,7 @@ class RunConfig:
     optim: Literal["adamw_torch", "adamw_8bit", "adafactor", "sgd"] = "adamw_torch"
     """AdamW; AdamW with 8-bit moments, by bitsandbytes; Adafactor, which keeps a row and a column
     per matrix and no mean; or plain gradient descent, which keeps nothing."""
-    learning_rate: float = 5e-6
+    learning_rate: float = 1e-6
     """Learning rate after the warm-up, the largest of the run."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Schedule of the learning rate over the run, after the warm-up."""
@@ -146,9 +165,10 @@ class RunConfig:
     seed: int = 42
     """Seed of the order of the pairs and of every other random choice."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the matmuls; the last two are autocast, which keeps weights and sums as they are, and
-    float16, for GPUs without bfloat16, scales the loss and skips steps that overflow."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the matmuls; `auto` is bfloat16 on GPUs that have it or beside such weights, else
+    float32. The half types are autocast, which keeps weights and sums as they are, and float16, for
+    GPUs without bfloat16, scales the loss and skips steps that overflow."""
     model_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the loaded weights, their gradients and moments; adapters are float32 beside any."""
     packing: Literal["auto", True, False] = "auto"
@@ -167,6 +187,12 @@ class RunConfig:
     """Whether every layer is compiled around its attention; not with gradient_checkpointing."""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Backend of the fused head: `auto` is Triton on GPUs and PyTorch elsewhere."""
+    strategy: Literal["auto", "stream", "recompute"] = "auto"
+    """How the fused head computes: `stream` makes gradients in the forward pass (3 passes over the
+    vocabulary), `recompute` in the backward one (4, with less memory); `auto` streams."""
+    grad_tolerance: float = 0.0
+    """Share of the head's gradient, of its L1 mass, that may be left out to save time; 0 is exact,
+    1e-3 is below what bfloat16 rounds off."""
     max_workspace_mb: float | None = None
     """Bound on the fused head's temporary memory in MiB; null is the package's default."""
     cpu_threads: int = 0
@@ -178,6 +204,12 @@ class RunConfig:
     """Steps between two rows of `metrics.jsonl`, which are means over these steps."""
     eval_steps: int = 0
     """Steps between evaluations; 0 evaluates before and after training only."""
+    metric_for_best_model: Best | None = None
+    """Metric of the evaluations by which the best model is kept and becomes `model/`; null is the
+    model after the last step."""
+    early_stopping_patience: int | None = None
+    """Evaluations without a better `metric_for_best_model` after which the run ends; null is
+    never."""
     sample_prompts: int = 0
     """Prompts of held-out pairs that are answered, greedily, at every evaluation; 0 is none."""
     max_new_tokens: int = 64
@@ -189,7 +221,7 @@ class RunConfig:
     save_total_limit: int | None = None
     """Checkpoints that are kept, the newest; null keeps all."""
     resume_from_checkpoint: str | None = None
-    """Folder of a checkpoint to go on from, or `auto`: the newest in `output_dir`, if any."""
+    """Folder of a checkpoint to resume from, or `auto`: the newest in `output_dir`, if any."""
     dry_run: bool = False
     """Whether to print samples, lengths and the plan of steps and memory, and end before training;
     no weights are loaded, no file is written."""
@@ -218,14 +250,3 @@ class RunConfig:
         values = dataclasses.asdict(self)
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return yaml.safe_dump(values, sort_keys=False)
-
-
-def field_docs() -> dict[str, str]:
-    """Every field of `RunConfig` and the sentence beneath it, in order."""
-    body = ast.parse(inspect.getsource(RunConfig)).body[0].body
-    pairs = zip(body, body[1:], strict=False)
-    return {
-        a.target.id: b.value.value
-        for a, b in pairs
-        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
-    }

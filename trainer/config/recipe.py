@@ -2,26 +2,26 @@
 
     accelerate launch trainer/run.py --config my.yaml --learning_rate 1e-5
 
-Without `--config` the default recipe is read. An unknown key is an error that names the nearest
-valid one.
+Without `--config` and without data of one's own the demo's recipe is read; one's own data start
+from the defaults of `RunConfig`. An unknown key is an error that names the field that is meant.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
-from trainer.config.fields import RunConfig, field_docs
+from trainer.config import options
+from trainer.config.fields import GROUPS, RunConfig
+from trainer.config.values import convert
 from trainer.errors import InputError
 from trainer.paths import ROOT, find_file
 
-DEFAULT_RECIPE = ROOT / "trainer" / "recipes" / "smollm2-cpu.yaml"
+DEMO_RECIPE = ROOT / "trainer" / "recipes" / "smollm2-cpu.yaml"
 DATA = (
     "train_file", "eval_file", "dataset_name", "dataset_config", "dataset_train_split",
     "dataset_test_split", "prompt_column", "chosen_column", "rejected_column", "implicit_prompt",
@@ -35,16 +35,6 @@ DESCRIBED_BY = {
 }
 
 
-def check_keys(keys: Iterable[str], source: str) -> None:
-    """Raise `InputError` for the first key that is no field, naming the nearest field."""
-    valid = [field.name for field in dataclasses.fields(RunConfig)]
-    for key in keys:
-        if key not in valid:
-            near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "--help lists all of them"
-            raise InputError(f"{source}: unknown key {key!r}; {hint}")
-
-
 def _read_yaml(path: Path) -> dict[str, object]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -53,7 +43,7 @@ def _read_yaml(path: Path) -> dict[str, object]:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected 'field: value' lines, got {type(values).__name__}")
-    check_keys(values, str(path))
+    options.check_keys(values, RunConfig, str(path))
     keys = [key.value for key, _ in node.value]
     for key in values:
         if keys.count(key) > 1:
@@ -61,60 +51,66 @@ def _read_yaml(path: Path) -> dict[str, object]:
     return values
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trainer/run.py",
-        description="Fine-tune a language model on preference pairs with RPO.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        metavar="FILE.yaml",
-        help=f"recipe to start from (default: {DEFAULT_RECIPE.name})",
-    )
-    docs, kinds = field_docs(), typing.get_type_hints(RunConfig)
+def _shown(values: dict[str, object], label: str) -> dict[str, str]:
+    """What `--help` shows behind each field: its default, and a recipe's value where it differs."""
+    kinds, shown = typing.get_type_hints(RunConfig), {}
     for field in dataclasses.fields(RunConfig):
-        default = "" if field.default is dataclasses.MISSING else f" [{field.default}]"
-        many = typing.get_origin(kinds[field.name]) is tuple
-        how = (
-            {"nargs": "*"}
-            if many
-            else {"nargs": "?", "const": "true"}
-            if kinds[field.name] is bool
-            else {}
-        )
-        parser.add_argument(
-            f"--{field.name}",
-            default=argparse.SUPPRESS,
-            metavar="X",
-            help=(docs[field.name] + default).replace("%", "%%"),
-            **how,
-        )
-    return parser
+        default = options.default(field)
+        there = default
+        if field.name in values:
+            there = options.spelled(convert(values[field.name], kinds[field.name]))
+        parts = [default, label + there] if label else [there]
+        text = "; ".join(filter(None, parts if there != default else [default]))
+        shown[field.name] = f" [{text}]" if text else ""
+    return shown
 
 
-def parse_config(argv: list[str]) -> RunConfig:
+def _parser(prog: str, shown: dict[str, str]) -> argparse.ArgumentParser:
+    """The command line of a run, with what its help shows behind each field."""
+    from rpo_kernels.losses import LOSSES  # it imports torch, for which other commands would wait
+
+    return options.make_parser(
+        RunConfig,
+        prog,
+        "Fine-tune a language model on preference pairs with RPO.\n\n"
+        f"  {prog} --model_name_or_path MODEL --train_file FILE   on data of your own\n"
+        f"  {prog} --config FILE.yaml --beta 0.05                 a recipe, with an override\n"
+        f"  {prog}                                                the demo\n\n"
+        "In brackets: the default, which is in force with data of your own and for what a recipe\n"
+        "leaves open; behind it, where it differs, the demo's value.",
+        first={"config": "YAML file with a line 'field: value' for each field that it decides"},
+        shown=shown,
+        groups=GROUPS,
+        choices={"loss_type": LOSSES},
+    )
+
+
+def parse_config(argv: list[str], prog: str = "trainer/run.py") -> RunConfig:
     """Read the recipe and apply the overrides of the command line.
 
     Args:
         argv: arguments after the program's name; `--help` prints every field and exits.
+        prog: the program's name.
 
     Raises:
         InputError: unknown key, wrong type, value out of range, or missing file.
     """
-    given, unknown = _parser().parse_known_args(argv)
-    overrides = vars(given)
-    recipe = overrides.pop("config")
-    for word in unknown:
-        if not word.startswith("--"):
-            raise InputError(f"command line: expected --field value, got {word!r}")
-        check_keys([word[2:].partition("=")[0]], "command line")
-    values = _read_yaml(DEFAULT_RECIPE if recipe is None else find_file(recipe))
-    for owner in DESCRIBED_BY.keys() & overrides.keys():
+    asks = {"-h", "--help"} & {*argv}
+    given = options.read(_parser(prog, {}), RunConfig, [word for word in argv if word not in asks])
+    recipe = given.pop("config", None)
+    values = {} if recipe is None else _read_yaml(find_file(recipe))
+    if asks:
+        shown = _shown(_read_yaml(DEMO_RECIPE), "demo ") if recipe is None else _shown(values, "")
+        _parser(prog, shown).parse_args(["--help"])
+    if recipe is None and not {"train_file", "dataset_name"} & given.keys():
+        values = _read_yaml(DEMO_RECIPE)
+    for owner in DESCRIBED_BY.keys() & given.keys():
         for field in DESCRIBED_BY[owner]:
             values.pop(field, None)
-    values.update(overrides)
-    for field in dataclasses.fields(RunConfig):
-        if field.default is dataclasses.MISSING and field.name not in values:
-            raise InputError(f"{field.name}: no value; give it in the recipe or as --{field.name}")
+    values |= given
+    if "model_name_or_path" not in values:
+        raise InputError(
+            "model_name_or_path: no value; give it in the recipe or as --model_name_or_path, a "
+            "folder or a hub id"
+        )
     return RunConfig(**values)

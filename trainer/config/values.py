@@ -9,11 +9,12 @@ import dataclasses
 import datetime
 import difflib
 import json
-import types
+import math
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
+EVALUATION_SET = "eval_file, dataset_test_split or eval_split_ratio"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 FILLED = ("model_name_or_path", "output_dir", "lora_target_modules", "prompt_column",
           "chosen_column", "rejected_column")  # may not be empty  # fmt: skip
@@ -37,136 +38,165 @@ def _is_day(text: str) -> bool:
         return False
 
 
-# What each field's value must be, in words and as a test; null passes where a field may be null.
-RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "train_weights": ("numbers > 0", lambda x: all(0 < y < float("inf") for y in x)),
-    "eval_split_ratio": ("a number in [0, 1)", lambda x: 0 <= x < 1),
-    "max_length": ("an integer >= 8", lambda x: x >= 8),
-    "max_prompt_length": ("null or an integer >= 1", lambda x: x >= 1),
-    "chat_template_kwargs": (
-        f"variables of the template, none of {', '.join(OF_THE_CALLER)}",
-        lambda x: not {*x} & {*OF_THE_CALLER},
-    ),
-    "date": ("null or a day as 2026-11-26", _is_day),
-    "beta": ("a number > 0", lambda x: 0 < x < float("inf")),
-    "eta": ("a number >= 0", lambda x: 0 <= x < float("inf")),
-    "label_smoothing": ("a number in [0, 0.5)", lambda x: 0 <= x < 0.5),
-    "lora_r": ("an integer >= 1", lambda x: x >= 1),
-    "lora_alpha": ("a number > 0", lambda x: 0 < x < float("inf")),
-    "lora_dropout": ("a number in [0, 1)", lambda x: 0 <= x < 1),
-    "max_steps": ("-1 or an integer >= 1", lambda x: x == -1 or x >= 1),
-    "num_train_epochs": ("a number > 0", lambda x: 0 < x < float("inf")),
-    "per_device_train_batch_size": ("an integer >= 1", lambda x: x >= 1),
-    "gradient_accumulation_steps": ("an integer >= 1", lambda x: x >= 1),
-    "max_tokens_per_batch": ("null or an integer >= 8", lambda x: x >= 8),
-    "per_device_eval_batch_size": ("an integer >= 1", lambda x: x >= 1),
-    "learning_rate": ("a number > 0", lambda x: 0 < x < float("inf")),
-    "warmup_ratio": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
-    "min_lr_rate": ("a number in [0, 1)", lambda x: 0 <= x < 1),
-    "adam_beta1": ("a number in [0, 1)", lambda x: 0 <= x < 1),
-    "adam_beta2": ("a number in [0, 1)", lambda x: 0 <= x < 1),
-    "adam_epsilon": ("a number > 0", lambda x: 0 < x < float("inf")),
-    "weight_decay": ("a number >= 0", lambda x: 0 <= x < float("inf")),
-    "max_grad_norm": ("a number >= 0", lambda x: 0 <= x < float("inf")),
-    "seed": ("an integer in [0, 2^32)", lambda x: 0 <= x < 2**32),
-    "max_workspace_mb": ("null or a number > 0", lambda x: 0 < x < float("inf")),
-    "cpu_threads": ("an integer >= 0", lambda x: x >= 0),
-    "ddp_timeout": ("an integer >= 1", lambda x: x >= 1),
-    "logging_steps": ("an integer >= 1", lambda x: x >= 1),
-    "eval_steps": ("an integer >= 0", lambda x: x >= 0),
-    "sample_prompts": ("an integer >= 0", lambda x: x >= 0),
-    "max_new_tokens": ("an integer >= 1", lambda x: x >= 1),
-    "report_to": (
-        f"some of {', '.join(TRACKERS)}",
-        lambda x: len({*x}) == len(x) and {*x} <= {*TRACKERS},
-    ),
-    "save_steps": ("an integer >= 0", lambda x: x >= 0),
-    "save_total_limit": ("null or an integer >= 1", lambda x: x >= 1),
-}
-# Combinations that make no sense, by what is said of them.
-IMPOSSIBLE: dict[str, Callable[[Any], bool]] = {
-    "train_file: expected training data, got none; give train_file or dataset_name": lambda c: (
-        not (c.train_file or c.dataset_name)
-    ),
-    "dataset_config: {dataset_config!r} is of no data set; give dataset_name": lambda c: (
-        c.dataset_config is not None and not c.dataset_name
-    ),
-    "dataset_test_split: {dataset_test_split!r} is of no data set; give dataset_name, or eval_file "
-    "for files": lambda c: c.dataset_test_split is not None and not c.dataset_name,
-    "train_weights: expected one weight per train_file and dataset_name, got {train_weights}": (
-        lambda c: len(c.train_weights) not in (0, len(c.train_file) + len(c.dataset_name))
-    ),
-    "eval_split_ratio: expected 0 where eval_file or dataset_test_split holds the evaluation's "
-    "pairs, got {eval_split_ratio}": lambda c: (
-        c.eval_split_ratio > 0 and bool(c.eval_file or c.dataset_test_split)
-    ),
-    "sample_prompts: expected 0 without held-out pairs, got {sample_prompts}; give eval_file, "
-    "dataset_test_split or eval_split_ratio": lambda c: (
-        c.sample_prompts > 0 and not (c.eval_file or c.dataset_test_split or c.eval_split_ratio)
-    ),
-    "ref_model_name_or_path: expected null with reference {reference}, got "
-    "{ref_model_name_or_path}": lambda c: (
-        c.reference in ("adapter", "none") and c.ref_model_name_or_path is not None
-    ),
-    "reference: expected precomputed or online where use_peft is false, got adapter": lambda c: (
-        c.reference == "adapter" and not c.use_peft
-    ),
-    "use_peft: expected true where a lora_ field is given, got false": lambda c: (
-        not c.use_peft and _given(c, "lora_")
-    ),
-    "lora_target_modules: expected names, or all-linear alone, got {lora_target_modules}": (
-        lambda c: "all-linear" in c.lora_target_modules and len(c.lora_target_modules) > 1
-    ),
-    "load_in_4bit: expected false without use_peft, as 4-bit weights cannot be trained": lambda c: (
-        c.load_in_4bit and not c.use_peft
-    ),
-    "load_in_4bit: expected false with gguf_file, whose weights are dequantized": lambda c: (
-        c.load_in_4bit and c.gguf_file is not None
-    ),
-    "optim: expected adamw_torch or adamw_8bit where an adam_ field is given, got {optim}": (
-        lambda c: "adamw" not in c.optim and _given(c, "adam_")
-    ),
-    "lr_scheduler_type: expected constant_with_warmup where warmup_ratio is given, got constant": (
-        lambda c: (
-            c.lr_scheduler_type == "constant" and c.warmup_ratio > 0 and _given(c, "warmup_ratio")
+# What numbers may be, in words and as a test, and which fields hold such; null passes.
+RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ("an integer >= 0", lambda x: x >= 0, (
+        "cpu_threads", "eval_steps", "sample_prompts", "save_steps")),
+    ("an integer >= 1", lambda x: x >= 1, (
+        "lora_r", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "per_device_eval_batch_size", "ddp_timeout", "logging_steps", "max_new_tokens")),
+    ("null or an integer >= 1", lambda x: x >= 1, (
+        "max_prompt_length", "save_total_limit", "early_stopping_patience")),
+    ("-1 or an integer >= 1", lambda x: x == -1 or x >= 1, ("max_steps",)),
+    ("an integer >= 8", lambda x: x >= 8, ("max_length",)),
+    ("null or an integer >= 8", lambda x: x >= 8, ("max_tokens_per_batch",)),
+    ("an integer in [0, 2^32)", lambda x: 0 <= x < 2**32, ("seed",)),
+    ("a number >= 0", lambda x: 0 <= x < math.inf, ("eta", "weight_decay", "max_grad_norm")),
+    ("a number > 0", lambda x: 0 < x < math.inf, (
+        "beta", "lora_alpha", "num_train_epochs", "learning_rate", "adam_epsilon")),
+    ("null or a number > 0", lambda x: 0 < x < math.inf, ("max_workspace_mb",)),
+    ("a number in [0, 1)", lambda x: 0 <= x < 1, (
+        "eval_split_ratio", "grad_tolerance", "lora_dropout", "min_lr_rate", "adam_beta1",
+        "adam_beta2")),
+    ("a number in [0, 1]", lambda x: 0 <= x <= 1, ("warmup_ratio",)),
+    ("a number in [0, 0.5)", lambda x: 0 <= x < 0.5, ("label_smoothing",)),
+)  # fmt: skip
+
+
+def problems(config: Any) -> Iterator[str]:
+    """What is wrong with the values of a config, all of the right type, and their combinations."""
+    for expected, holds, names in RANGES:
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                yield f"{name}: expected {expected}, got {value}"
+    for name in FILLED:
+        if not getattr(config, name):
+            yield f"{name}: expected a value, got an empty one"
+    yield from _data_problems(config)
+    yield from _model_problems(config)
+    yield from _optimizer_problems(config)
+    yield from _evaluation_problems(config)
+    yield from _output_problems(config)
+    yield from _loss_problems(config)
+
+
+def _data_problems(c: Any) -> Iterator[str]:
+    if not all(0 < weight < math.inf for weight in c.train_weights):
+        yield f"train_weights: expected numbers > 0, got {c.train_weights}"
+    if c.chat_template_kwargs and {*c.chat_template_kwargs} & {*OF_THE_CALLER}:
+        yield (
+            "chat_template_kwargs: expected variables of the template, none of "
+            f"{', '.join(OF_THE_CALLER)}, got {c.chat_template_kwargs}"
         )
-    ),
-    "min_lr_rate: expected 0 with lr_scheduler_type {lr_scheduler_type}, as only cosine ends "
-    "there, got {min_lr_rate}": lambda c: c.min_lr_rate > 0 and c.lr_scheduler_type != "cosine",
-    "model_dtype: expected float32 with dtype {dtype}, got {model_dtype}": lambda c: (
-        c.dtype != "bfloat16" and c.model_dtype != "float32"
-    ),
-    "resume_from_checkpoint: expected null with overwrite_output_dir, which removes the run to go "
-    "on with; drop one of the two": lambda c: (
-        c.resume_from_checkpoint is not None and c.overwrite_output_dir
-    ),
-    "hub_model_id: expected a repository to push to, got null": lambda c: (
-        c.push_to_hub and not c.hub_model_id
-    ),
-    "max_prompt_length: expected less than max_length ({max_length}), so that responses keep some "
-    "tokens; got {max_prompt_length}": lambda c: (c.max_prompt_length or 0) >= c.max_length,
-}
+    if c.date is not None and not _is_day(c.date):
+        yield f"date: expected null or a day as 2026-11-26, got {c.date}"
+    if not (c.train_file or c.dataset_name):
+        yield "train_file: expected training data, got none; give train_file or dataset_name"
+    if c.dataset_config is not None and not c.dataset_name:
+        yield f"dataset_config: {c.dataset_config!r} is of no data set; give dataset_name"
+    if c.dataset_test_split is not None and not c.dataset_name:
+        yield (
+            f"dataset_test_split: {c.dataset_test_split!r} is of no data set; give dataset_name, "
+            "or eval_file for files"
+        )
+    if len(c.train_weights) not in (0, len(c.train_file) + len(c.dataset_name)):
+        yield (
+            "train_weights: expected one weight per train_file and dataset_name, got "
+            f"{c.train_weights}"
+        )
+    if c.eval_split_ratio > 0 and (c.eval_file or c.dataset_test_split):
+        yield (
+            "eval_split_ratio: expected 0 where eval_file or dataset_test_split holds the "
+            f"evaluation's pairs, got {c.eval_split_ratio}"
+        )
+    if (c.max_prompt_length or 0) >= c.max_length:
+        yield (
+            f"max_prompt_length: expected less than max_length ({c.max_length}), so that "
+            f"responses keep some tokens; got {c.max_prompt_length}"
+        )
+
+
+def _model_problems(c: Any) -> Iterator[str]:
+    if c.reference in ("adapter", "none") and c.ref_model_name_or_path is not None:
+        yield (
+            f"ref_model_name_or_path: expected null with reference {c.reference}, got "
+            f"{c.ref_model_name_or_path}"
+        )
+    if c.reference == "adapter" and not c.use_peft:
+        yield "reference: expected precomputed or online where use_peft is false, got adapter"
+    if not c.use_peft and _given(c, "lora_"):
+        yield "use_peft: expected true where a lora_ field is given, got false"
+    if "all-linear" in c.lora_target_modules and len(c.lora_target_modules) > 1:
+        yield (
+            f"lora_target_modules: expected names, or all-linear alone, got {c.lora_target_modules}"
+        )
+    if c.load_in_4bit and not c.use_peft:
+        yield "load_in_4bit: expected false without use_peft, as 4-bit weights cannot be trained"
+    if c.load_in_4bit and c.gguf_file is not None:
+        yield "load_in_4bit: expected false with gguf_file, whose weights are dequantized"
+    if c.dtype in ("float32", "float16") and c.model_dtype != "float32":
+        yield f"model_dtype: expected float32 with dtype {c.dtype}, got {c.model_dtype}"
+
+
+def _optimizer_problems(c: Any) -> Iterator[str]:
+    if "adamw" not in c.optim and _given(c, "adam_"):
+        yield (
+            "optim: expected adamw_torch or adamw_8bit where an adam_ field is given, got "
+            f"{c.optim}"
+        )
+    if c.lr_scheduler_type == "constant" and c.warmup_ratio > 0 and _given(c, "warmup_ratio"):
+        yield (
+            "lr_scheduler_type: expected constant_with_warmup where warmup_ratio is given, got "
+            "constant"
+        )
+    if c.min_lr_rate > 0 and c.lr_scheduler_type != "cosine":
+        yield (
+            f"min_lr_rate: expected 0 with lr_scheduler_type {c.lr_scheduler_type}, as only "
+            f"cosine ends there, got {c.min_lr_rate}"
+        )
+
+
+def _evaluation_problems(c: Any) -> Iterator[str]:
+    held_out = c.eval_file or c.dataset_test_split or c.eval_split_ratio
+    if c.sample_prompts > 0 and not held_out:
+        yield (
+            f"sample_prompts: expected 0 without an evaluation set, got {c.sample_prompts}; "
+            f"give {EVALUATION_SET}"
+        )
+    if c.metric_for_best_model is not None and not held_out:
+        yield (
+            "metric_for_best_model: expected null without an evaluation set, got "
+            f"{c.metric_for_best_model}; give {EVALUATION_SET}"
+        )
+    if c.metric_for_best_model is not None and c.eval_steps == 0:
+        yield (
+            "eval_steps: expected an integer >= 1 with metric_for_best_model, which compares "
+            "evaluations during training, got 0"
+        )
+    if c.early_stopping_patience is not None and c.metric_for_best_model is None:
+        yield (
+            "early_stopping_patience: expected null without metric_for_best_model, got "
+            f"{c.early_stopping_patience}; say which metric has to improve"
+        )
+
+
+def _output_problems(c: Any) -> Iterator[str]:
+    if len({*c.report_to}) != len(c.report_to) or not {*c.report_to} <= {*TRACKERS}:
+        yield f"report_to: expected some of {', '.join(TRACKERS)}, got {c.report_to}"
+    if c.resume_from_checkpoint is not None and c.overwrite_output_dir:
+        yield (
+            "resume_from_checkpoint: expected null with overwrite_output_dir, which removes the "
+            "run to resume; drop one of the two"
+        )
+    if c.push_to_hub and not c.hub_model_id:
+        yield "hub_model_id: expected a repository to push to, got null"
 
 
 def _given(config: Any, prefix: str) -> bool:
     """Whether any field of that prefix is not at its default."""
     fields = [f for f in dataclasses.fields(config) if f.name.startswith(prefix)]
     return any(getattr(config, f.name) != f.default for f in fields)
-
-
-def problems(config: Any) -> Iterator[str]:
-    """What is wrong with the values of a config, all of the right type, and their combinations."""
-    for field, (expected, holds) in RANGES.items():
-        value = getattr(config, field)
-        if value is not None and not holds(value):
-            yield f"{field}: expected {expected}, got {value}"
-    for field in FILLED:
-        if not getattr(config, field):
-            yield f"{field}: expected a value, got an empty one"
-    for message, holds in IMPOSSIBLE.items():
-        if holds(config):
-            yield message.format(**vars(config))
-    yield from _loss_problems(config)
 
 
 def _loss_problems(config: Any) -> Iterator[str]:
@@ -190,7 +220,7 @@ def _loss_problems(config: Any) -> Iterator[str]:
     try:
         check_loss(
             name, config.beta, config.eta, config.label_smoothing, config.sft_reduction,
-            config.scale_eta_by_beta, simpo_gamma=None,
+            config.scale_eta_by_beta, config.simpo_gamma,
         )  # fmt: skip
         check_run(config.backend, config.max_workspace_mb)
     except ValueError as error:
@@ -204,16 +234,16 @@ def not_among(value: object, choices: Iterable[str], meant: str | None = None) -
     return f"expected one of {', '.join(choices)}, got {value!r}{hint}"
 
 
-def convert(value: object, kind: object) -> object:
+def convert(value: object, kind: Any) -> object:
     """`value` as a field's type, from YAML's types or the command line's (or `1e-5`'s) text.
 
     Raises:
         ValueError: what was expected, and what came.
     """
-    if isinstance(kind, types.UnionType):
+    if without_null(kind) is not kind:
         if value is None or (isinstance(value, str) and value.lower() in ("null", "none")):
             return None
-        kind = typing.get_args(kind)[0]
+        kind = without_null(kind)
     if typing.get_origin(kind) is Literal:
         choices = {str(choice).lower(): choice for choice in typing.get_args(kind)}
         if str(value).lower() not in choices:
@@ -230,6 +260,11 @@ def convert(value: object, kind: object) -> object:
         return _scalar(value, kind)
     except (ValueError, KeyError):
         raise ValueError(f"expected {words[kind]}, got {value!r}") from None
+
+
+def without_null(kind: Any) -> Any:
+    """X where a type is `X | None`; any other type as it is."""
+    return typing.get_args(kind)[0] if type(None) in typing.get_args(kind) else kind
 
 
 def _mapping(value: object) -> dict[str, object]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,40 +22,11 @@ from trainer.data.encoding import added_end
 from trainer.data.rows import BadRow
 from trainer.errors import InputError
 from trainer.evaluation.models import Source, named_sources, open_model
+from trainer.evaluation.options import Sampling
 from trainer.evaluation.prompts import Prompt, read_prompts
 from trainer.evaluation.records import JsonlLog
 from trainer.model.generate import pads_exactly, sample
 from trainer.paths import open_folder
-
-COLDEST = 1e-6  # lower ones are greedy too, and overflow
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn."""
-
-    max_new_tokens: int = 1024
-    """Where an answer is cut."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    """Share of the probability mass that is drawn from."""
-    seed: int = 0
-    """Of the random draws."""
-    batch_size: int = 8
-    """Prompts answered at once; belongs to the draws, because a batch shares its seed."""
-
-    def __post_init__(self) -> None:
-        """Check every range."""
-        for field in ("max_new_tokens", "batch_size"):
-            if getattr(self, field) < 1:
-                raise InputError(f"{field}: expected >= 1, got {getattr(self, field)}")
-        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
-            raise InputError(
-                f"temperature: expected 0 (greedy) or a number >= {COLDEST}, got {self.temperature}"
-            )
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p: expected a number in (0, 1], got {self.top_p}")
 
 
 def generate(

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import combinations
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from trainer.errors import InputError
 from trainer.evaluation.answers import Answers, read_answers
+from trainer.evaluation.options import Judge
 from trainer.evaluation.prompts import Prompt, read_prompts
 from trainer.evaluation.records import JsonlLog, replace_text, write_json
 from trainer.paths import open_folder
@@ -39,36 +40,6 @@ VERDICT = re.compile(r"\[\[([ABC])\]\]")
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Who judges, and how it is asked."""
-
-    model: str
-    """The model's name at the endpoint."""
-    base_url: str
-    """The endpoint, such as https://api.openai.com/v1; the key is read from OPENAI_API_KEY."""
-    max_tokens: int = 1024
-    """Most tokens of a judgment; one that is cut before its verdict is malformed."""
-    concurrency: int = 4
-    """Requests under way at once."""
-    max_retries: int = 6
-    """Attempts after a failed one (connection, 408, 409, 429, 5xx), with exponential backoff."""
-    timeout: float = 300.0
-    """Seconds to wait for a response."""
-    price: tuple[float, float] | None = None
-    """US dollars per million prompt tokens and per million completion tokens."""
-
-    def __post_init__(self) -> None:
-        """Check every range."""
-        for field, least in (("max_tokens", 1), ("concurrency", 1), ("max_retries", 0)):
-            if getattr(self, field) < least:
-                raise InputError(f"{field}: expected >= {least}, got {getattr(self, field)}")
-        if self.timeout <= 0:
-            raise InputError(f"timeout: expected a number > 0, got {self.timeout}")
-        if self.price is not None and min(self.price) < 0:
-            raise InputError(f"price: expected numbers >= 0, got {self.price}")
-
-
-@dataclass(frozen=True)
 class Request:
     """One question to the judge: the first model's answer shown as A, the second's as B."""
 
@@ -79,7 +50,7 @@ class Request:
     key: str
 
 
-def judge(prompts: str, answers: list[str], output_dir: str, by: Judge) -> dict[str, object]:
+def judge(prompts: str, answers: Sequence[str], output_dir: str, by: Judge) -> dict[str, object]:
     """Compare all pairs of models on all turns of all prompts.
 
     Args:

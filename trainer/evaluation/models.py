@@ -51,11 +51,11 @@ def open_model(source: Source, file: str) -> tuple[PreTrainedModel, PreTrainedTo
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
-def chat_options(kwargs: str | None, date: str | None) -> ChatOptions:
-    """What chat templates are told, from the command line's words.
+def chat_options(kwargs: dict[str, object] | None, date: str | None) -> ChatOptions:
+    """What chat templates are told, from a command's options.
 
     Raises:
-        InputError: `kwargs` is no mapping in JSON, or `date` no day.
+        InputError: `kwargs` holds what is no variable of a template, or `date` is no day.
     """
     given = {"chat_template_kwargs": kwargs, "date": date}
     config = RunConfig(model_name_or_path="none", train_file="none", **given)

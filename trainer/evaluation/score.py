@@ -42,7 +42,7 @@ from trainer.paths import open_folder
 
 
 def score(
-    data: list[str],
+    data: tuple[str, ...] | list[str],
     models: dict[str, str],
     reference: str,
     output_dir: str,
@@ -78,11 +78,6 @@ def score(
     Raises:
         InputError: unusable data or models, or models of different tokenizers.
     """
-    for name, value, least in (("beta", beta, 1e-9), ("max_length", max_length, 8),
-        ("batch_size", batch_size, 1), ("kl_prompts", kl_prompts, 0), ("kl_tokens", kl_tokens, 1),
-    ):  # fmt: skip
-        if not least <= value < math.inf:
-            raise InputError(f"{name}: expected a finite number >= {least}, got {value}")
     sources, folder = named_sources(models), open_folder(output_dir)
     model, tokenizer = open_model(Source(reference), data[0])
     chat = chat or ChatOptions()
@@ -118,7 +113,7 @@ def score(
 
 
 def read_pairs(
-    data: list[str],
+    data: tuple[str, ...] | list[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     chat: ChatOptions | None = None,

@@ -63,8 +63,6 @@ def winrate(
     Raises:
         InputError: unusable judgments, or no answer to a question that was judged.
     """
-    if samples < 100:
-        raise InputError(f"samples: expected an integer >= 100, got {samples}")
     judgments = read_judgments(files, rename)
     folder = open_folder(output_dir)
     rows = directed_rows(judgments.comparisons)

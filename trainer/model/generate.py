@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from trainer.config.fields import RunConfig
 from trainer.data.batches import Split
@@ -30,6 +31,7 @@ def sample(
     top_p: float = 1.0,
     synced: bool = False,
     padded: bool = True,
+    streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """Continue a batch of prompts; the model's own sampling defaults are not used.
 
@@ -42,6 +44,7 @@ def sample(
         top_p: share of the probability mass that is drawn from.
         synced: whether all ranks run the same number of forward passes, as sharded weights need.
         padded: whether prompts of different lengths run together (`pads_exactly`).
+        streamer: is told every new token of the only prompt as it is made.
 
     Returns:
         B lists of new token ids, each with its end token, if it came.
@@ -70,6 +73,7 @@ def sample(
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
             synced_gpus=synced,
+            streamer=streamer,
             **drawn,
         )
     finally:  # they are saved with the model

@@ -38,8 +38,8 @@ from trainer.model.generate import sample
 from trainer.model.router import balance_loss
 
 LOSS_FIELDS = (
-    "beta", "eta", "sft_reduction", "scale_eta_by_beta", "label_smoothing", "loss_type",
-    "max_workspace_mb", "backend",
+    "beta", "eta", "sft_reduction", "scale_eta_by_beta", "label_smoothing", "simpo_gamma",
+    "loss_type", "strategy", "grad_tolerance", "max_workspace_mb", "backend",
 )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ BAD = [
         {"sft_reduction": "mean"},
         "expected one of sum, sequence_mean, token_mean, got 'mean'",
     ),
-    (fields, {"dtype": "fp16"}, "dtype: expected one of float32, bfloat16, float16, got 'fp16'"),
+    (fields, {"dtype": "fp16"}, "dtype: expected one of auto, float32, bfloat16, float16"),
     (
         fields,
         {"optim": "adam"},
@@ -221,7 +221,7 @@ BAD = [
     (fields, {"lora_target_modules": "q_proj"}, "use_peft: expected true where a lora_ field"),
     (
         fields,
-        {"model_dtype": "bfloat16"},
+        {"model_dtype": "bfloat16", "dtype": "float32"},
         "model_dtype: expected float32 with dtype float32, got bfloat16",
     ),
     (
@@ -261,7 +261,37 @@ BAD = [
         {"model_name_or_path": ".", "gguf_file": "m.gguf"},
         "gguf_file: no file 'm.gguf'",
     ),
+    (fields, {"simpo_gamma": 1.0}, "simpo_gamma: expected None"),
+    (fields, {"grad_tolerance": 1}, "grad_tolerance: expected a number in [0, 1), got 1.0"),
+    (fields, {"strategy": "fast"}, "strategy: expected one of auto, stream, recompute, got 'fast'"),
+    (
+        fields,
+        {"metric_for_best_model": "loss", "eval_steps": 2},
+        "metric_for_best_model: expected null without an evaluation set, got loss; give eval_file",
+    ),
+    (
+        fields,
+        {"metric_for_best_model": "loss", "eval_file": "e.jsonl"},
+        "eval_steps: expected an integer >= 1 with metric_for_best_model",
+    ),
+    (
+        fields,
+        {"metric_for_best_model": "accuracy"},
+        "metric_for_best_model: expected one of loss, loss/dpo",
+    ),
+    (
+        fields,
+        {"early_stopping_patience": 2},
+        "early_stopping_patience: expected null without metric_for_best_model, got 2",
+    ),
     # Keys of the command line.
+    (command, ["--beta", "1", "--beta=2"], "command line: --beta is given twice; keep one of them"),
+    (command, ["--beta"], "command line: argument --beta: expected one argument"),
+    (
+        command,
+        ["--train_file", "x.jsonl"],
+        "model_name_or_path: no value; give it in the recipe or as --model_name_or_path",
+    ),
     (command, ["--learning_rat", "1"], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
     (command, ["--learning_rte=1"], "unknown key 'learning_rte'; did you mean 'learning_rate'?"),
     (command, ["--zzz", "1"], "command line: unknown key 'zzz'; --help lists all of them"),

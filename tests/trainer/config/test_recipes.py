@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.trainer.tiny import tiny_config
-from trainer.config.recipe import DEFAULT_RECIPE, parse_config
+from trainer.config.recipe import DEMO_RECIPE, parse_config
 from trainer.optimizer import make_optimizer, make_schedule
 
 GPUS = 8
@@ -46,13 +46,13 @@ RECIPES = {
 
 
 def test_every_recipe_is_in_the_table():
-    names = {path.stem for path in DEFAULT_RECIPE.parent.glob("*.yaml")}
-    assert names == {*RECIPES, DEFAULT_RECIPE.stem}
+    names = {path.stem for path in DEMO_RECIPE.parent.glob("*.yaml")}
+    assert names == {*RECIPES, DEMO_RECIPE.stem}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_has_the_paper_s_values(name):
-    config = parse_config(["--config", str(DEFAULT_RECIPE.parent / f"{name}.yaml")])
+    config = parse_config(["--config", str(DEMO_RECIPE.parent / f"{name}.yaml")])
     assert {field: getattr(config, field) for field in RECIPES[name]} == RECIPES[name]
     pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * GPUS
     assert pairs == 128

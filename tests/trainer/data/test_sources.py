@@ -19,6 +19,7 @@ from trainer.data.truncation import Limits
 from trainer.errors import InputError
 
 NO = chat("", "no")[1]
+MODEL = ["--model_name_or_path", "m"]
 TEXTS = {"chosen": " 4", "rejected": " 5"}
 LISTS = {"chosen": ANSWER, "rejected": NO}
 ALPACA = {"instruction": "Add.", "input": "2+2"}
@@ -144,7 +145,7 @@ def test_a_column_of_the_prompt_that_no_row_has_is_an_error(kind, tmp_path):
         write_jsonl(file, rows)
     else:
         pq.write_table(pa.Table.from_pylist(rows), file)
-    words = ["--train_file", str(file), "--prompt_column", "instruction"]
+    words = [*MODEL, "--train_file", str(file), "--prompt_column", "instruction"]
     assert len(read_splits(parse_config([*words, "input"]))["train"][0]) == 2
     with pytest.raises(InputError, match="prompt_column: no row of the training data has inputs;"):
         read_splits(parse_config([*words, "inputs"]))
@@ -175,7 +176,15 @@ def test_a_file_without_a_usable_row_says_why_under_skip_too(tmp_path):
 def test_a_config_maps_columns_of_every_source(tmp_path):
     rows = [TEXTS | {"question": "a"}]
     files = [write_jsonl(tmp_path / name, rows) for name in ("train.jsonl", "eval.jsonl")]
-    words = ["--train_file", files[0], "--eval_file", files[1], "--prompt_column", "question"]
+    words = [
+        *MODEL,
+        "--train_file",
+        files[0],
+        "--eval_file",
+        files[1],
+        "--prompt_column",
+        "question",
+    ]
     config = parse_config(words)
     assert config.prompt_column == ("question",)
     splits = read_splits(config)
@@ -184,13 +193,13 @@ def test_a_config_maps_columns_of_every_source(tmp_path):
 
 def test_files_that_are_read_twice_are_told(tmp_path, capsys):
     one, two = (write_jsonl(tmp_path / name, [GOOD]) for name in ("a.jsonl", "b.jsonl"))
-    words = ["--train_file", one, f"{tmp_path}/a.*"]
+    words = [*MODEL, "--train_file", one, f"{tmp_path}/a.*"]
     assert len(read_splits(parse_config(words))["train"][0]) == 2
     assert f"warning: {one} is read 2 times" in capsys.readouterr().out
-    read_splits(parse_config(["--train_file", str(tmp_path), "--eval_file", two]))
+    read_splits(parse_config([*MODEL, "--train_file", str(tmp_path), "--eval_file", two]))
     told = capsys.readouterr().out
     assert f"warning: {two} is trained on, and held-out data, too" in told and one not in told
-    read_splits(parse_config(["--train_file", one, "--eval_file", two]))
+    read_splits(parse_config([*MODEL, "--train_file", one, "--eval_file", two]))
     assert "warning" not in capsys.readouterr().out
 
 

@@ -218,9 +218,16 @@ def test_commands(tmp_path, folders, capsys):
     with pytest.raises(SystemExit, match="beta: expected a finite number >= 1e-09, got inf"):
         main(["score", "--data", pairs, "--models", f"ref={reference}", "--reference", reference,
               *out, "--beta", "inf"])  # fmt: skip
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"seed: expected an integer in \[0, 2\^32\), got 1000"):
         main(["generate", "--prompts", pairs, "--models", "a=x", *out, "--seed", str(10**18)])
-    assert "--seed: expected an integer in [0, 2^32), got '1000" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="unknown key 'temprature'; did you mean 'temperature'"):
+        main(["generate", "--prompts", pairs, "--models", "a=x", *out, "--temprature", "1"])
+    with pytest.raises(SystemExit, match="prompts: no value; give it as --prompts"):
+        main(["generate", "--models", "a=x", *out])
+    with pytest.raises(SystemExit, match="--prompts is given twice"):
+        main(["generate", "--prompts", pairs, "--prompts", pairs, "--models", "a=x", *out])
+    with pytest.raises(SystemExit, match="got 'generat'; did you mean generate?"):
+        main(["generat"])
     (tmp_path / "out" / "ref.jsonl").write_text("[1]\n")
     with pytest.raises(SystemExit, match="ref.jsonl: damaged .a line is no JSON object."):
         main(["generate", "--prompts", pairs, "--models", f"ref={reference}", *out])

@@ -123,7 +123,7 @@ def test_samples_are_written_shown_and_in_the_card(tiny, tmp_path, capsys):
 
 
 def test_samples_without_held_out_pairs_are_refused():
-    with pytest.raises(InputError, match="sample_prompts: expected 0 without held-out pairs, got"):
+    with pytest.raises(InputError, match="sample_prompts: expected 0 without an evaluation set"):
         tiny_config(sample_prompts=2)
 
 
