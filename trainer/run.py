@@ -257,7 +257,11 @@ def finish(
         save(training, tokenizer, draft, accelerator)
     log.finish(time.perf_counter() - started, kept or None)
     if accelerator.is_main_process:
-        card.write_card(config, log.rows, log.samples, draft)
+        rows, samples = (
+            [row for row in part if not kept or row["step"] <= kept["step"]]
+            for part in (log.rows, log.samples)
+        )
+        card.write_card(config, rows, samples, draft)
         shutil.rmtree(log.model_folder, ignore_errors=True)  # of the run that was resumed
         draft.rename(log.model_folder)
         best.remove(log.folder)

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import ROOT
 from tests.trainer.tiny import EPS, GOOD, assert_same_run, nudged, record, save_tiny, write_jsonl
 from trainer import card, output, run
+from trainer.config.fields import RunConfig
 from trainer.config.recipe import parse_config
 from trainer.errors import InputError
 from trainer.model.loading import load_tokenizer
@@ -160,11 +162,20 @@ def test_the_model_folder_loads(finished, tiny):
 
 def test_the_model_card_holds_recipe_and_curves(finished):
     folder, _ = finished
-    _, header, text = (folder / "model" / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(header)["library_name"] == "transformers"
-    assert "base_model" not in yaml.safe_load(header)  # a local folder is none of the hub's
-    recipe = text.split("```yaml\n")[1].split("```")[0]
-    assert recipe == (folder / "config.yaml").read_text()
+    made = ModelCard.load(folder / "model" / "README.md")
+    assert made.data.library_name == "transformers"
+    assert made.data.base_model is None  # a local folder is none of the hub's
+    text, whole = made.text, yaml.safe_load((folder / "config.yaml").read_text())
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["train_file"] == [Path(whole["train_file"][0]).name]
+    assert recipe["learning_rate"] == whole["learning_rate"] and "output_dir" not in recipe
+    assert all(value != getattr(RunConfig, name, None) for name, value in recipe.items())
+    assert str(folder.parent) not in made.content  # no path of this machine
+    namespace = {}
+    exec(text.split("```python\n")[1].split("```")[0].replace("PATH/TO/THIS/FOLDER",
+         str(folder / "model")), namespace)  # fmt: skip
+    assert namespace["model"].config.vocab_size == len(namespace["tokenizer"])
+    assert f"torch {torch.__version__}" in text
     assert "rewards/margins" in text and "after 6 optimizer steps" in text
     assert (folder / "model" / "logps.png").read_bytes() == (folder / "logps.png").read_bytes()
 
