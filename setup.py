@@ -11,7 +11,7 @@ from setuptools import setup
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
-BESIDE = ("tests", "benchmarks", ".ci")
+BESIDE = ("tests", "benchmarks", "trainer/examples", ".ci")
 
 
 def description() -> str:
