@@ -206,27 +206,39 @@ def check_output_dir(config: RunConfig, checkpoint: Path | None) -> None:
 
 
 def plot_run(rows: list[dict[str, float]], path: Path) -> None:
-    """Draw log-probs, rewards and loss over the steps; held-out values as dots."""
+    """Draw log-probs, rewards and loss over the steps; the evaluation set's values as dots."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     training = [row for row in rows if "loss" in row]
     held_out = [row for row in rows if "eval/loss" in row]
+    against = any("logps/chosen_delta" in row for row in training)  # else there is no reference
     panels = (
-        ("log-probs of responses (nats)", ("logps/chosen", "logps/rejected")),
-        ("implicit rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
-        ("loss", ("loss", "loss/dpo")),
-    )
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for i, key in enumerate(keys):
-            steps, values = [r["step"] for r in training], [r[key] for r in training]
-            axes.plot(steps, values, f"C{i}", alpha=0.5, label=key)
-            if held_out:
-                steps, values = [r["step"] for r in held_out], [r[f"eval/{key}"] for r in held_out]
-                axes.plot(steps, values, f"C{i}o--", label=f"eval/{key}")
-        axes.set(title=title, xlabel="optimizer step")
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+        ("chosen responses against the reference", "change of log-prob, nats",
+         {"logps/chosen_delta": "chosen"})
+        if against
+        else ("log-probs of responses", "log-prob, nats",
+              {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+        ("implicit rewards", "reward",
+         {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}),
+        ("loss", "loss", {"loss": "whole", "loss/dpo": "preference term"}),
+    )  # fmt: skip
+    with rc_context({"font.size": 13}):
+        figure = Figure(figsize=(16, 5.4), layout="constrained")
+        for axes, (title, unit, keys) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            for i, (key, name) in enumerate(keys.items()):
+                seen, tested = (
+                    [(row["step"], row[prefix + key]) for row in found if prefix + key in row]
+                    for prefix, found in (("", training), ("eval/", held_out))
+                )
+                if seen:
+                    axes.plot(*zip(*seen, strict=True), f"C{i}", alpha=0.5, label=name)
+                if tested:
+                    label = f"{name}, evaluation set"
+                    axes.plot(*zip(*tested, strict=True), f"C{i}o--", label=label)
+            axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=11, ncols=2)
+        figure.savefig(path, dpi=100)
 
 
 def summary(rows: list[dict[str, float]]) -> str:

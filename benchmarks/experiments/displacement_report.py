@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,9 +17,12 @@ PANELS = {
     "chosen": "chosen, held-out pairs",
     "rejected": "rejected, held-out pairs",
 }
+MAIN = ("sums", "sums, no SFT", "written")  # of the main figure; the others are in the appendix's
+Curves = dict[str, tuple[list[float], list[float]]]  # steps and values by panel
+Groups = dict[tuple[str, str], list[Curves]]  # of every seed by setting and method
 
 
-def curves(rows: list[dict[str, float]]) -> dict[str, tuple[list[float], list[float]]]:
+def curves(rows: list[dict[str, float]]) -> Curves:
     """Steps and changes of log-probs by panel; of training pairs, means over a quarter epoch."""
     seen = [row for row in rows if "loss" in row]
     held_out = [row for row in rows if "eval/loss" in row]
@@ -36,7 +40,8 @@ def curves(rows: list[dict[str, float]]) -> dict[str, tuple[list[float], list[fl
 
 
 def report(results: list[dict], folder: Path) -> str:
-    """Write `displacement.json` and `displacement.png`; returns the table as text.
+    """Write `displacement.json`, `displacement.png` (what happens in a few settings) and
+    `displacement_all.png` (in all of them); returns the table as text.
 
     Args:
         results: `setting`, `method`, `seed`, `rows` of every run, and `right`, `right_before`:
@@ -52,8 +57,9 @@ def report(results: list[dict], folder: Path) -> str:
         for result in results
     ]
     write_json(folder / "displacement.json", {"summary": summaries, "runs": small})
-    draw(groups, folder / "displacement.png")
-    written = f"written: {folder}/displacement.json, displacement.png"
+    found = {group: [curves(run["rows"]) for run in runs] for group, runs in groups.items()}
+    draw_both(found, folder)
+    written = f"written: {folder}/displacement.json, displacement.png, displacement_all.png"
     return f"{to_text(summaries)}\n{written}"
 
 
@@ -91,24 +97,37 @@ def to_text(summaries: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
-    """A row of panels for every setting, a line for every method."""
+def draw_both(groups: Groups, folder: Path) -> None:
+    """The main figure, of the held-out pairs in at most three settings, and that of everything."""
     settings = list(dict.fromkeys(setting for setting, _ in groups))
-    figure = Figure(figsize=(13, 3.4 * len(settings)), layout="constrained")
-    panels = figure.subplots(len(settings), len(PANELS), squeeze=False)
-    for (setting, method), runs in groups.items():
-        for axes, (name, title) in zip(
-            panels[settings.index(setting)], PANELS.items(), strict=True
-        ):
-            draw_line(axes, [curves(run["rows"])[name] for run in runs], method)
-            axes.set(title=f"{setting}: {title}", xlabel="optimizer step")
-    for row in panels:
-        row[0].set_ylabel("change of log-prob (nats)")
-        row[0].legend(fontsize="small")
-        for axes in row:
-            axes.axhline(0, color="0.6", lw=0.8, zorder=0)
-    figure.suptitle("means over seeds; bands: their range")
-    figure.savefig(path, dpi=110)
+    main = [setting for setting in MAIN if setting in settings] or settings[:3]
+    draw(groups, main, ("chosen", "rejected"), folder / "displacement.png")
+    draw(groups, settings, tuple(PANELS), folder / "displacement_all.png")
+
+
+def draw(groups: Groups, settings: list[str], names: tuple[str, ...], path: Path) -> None:
+    """A row of panels for every setting, a line for every method; the legend beside them."""
+    with rc_context({"font.size": 13}):
+        figure = Figure(figsize=(5.5 * len(names), 4 * len(settings)), layout="constrained")
+        panels = figure.subplots(len(settings), len(names), squeeze=False)
+        for (setting, method), found in groups.items():
+            if setting not in settings:
+                continue
+            for axes, name in zip(panels[settings.index(setting)], names, strict=True):
+                draw_line(axes, [lines[name] for lines in found], method)
+                axes.set(title=f"{setting}: {PANELS[name]}", xlabel="optimizer step")
+        for row in panels:
+            row[0].set_ylabel("change of log-prob, nats")
+            for axes in row:
+                axes.axhline(0, color="0.6", lw=0.8, zorder=0)
+        shown = {
+            label: handle
+            for axes in panels.flat
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown))
+        figure.suptitle("log-probs against the reference: means over seeds, bands their range")
+        figure.savefig(path, dpi=100)
 
 
 def draw_line(axes: Axes, lines: list[tuple[list[float], list[float]]], method: str) -> None:
