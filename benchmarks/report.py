@@ -1,9 +1,9 @@
-"""README's performance section and plots, from the recorded JSON: `python -m benchmarks.report`.
+"""Performance tables and plots, from the recorded JSON: `python -m benchmarks.report`.
 
-Prints the section and draws the plots into the results folder. `--write` also puts the section
-between `<!-- performance:begin -->` and `<!-- performance:end -->` of README.md, never from smoke
-results; `--check` fails when README does not say what the newest files say; `--targets` compares
-their ratios with the required ones.
+Prints the tables and draws the plots into the results folder. `--write` also puts them between
+`<!-- performance:begin -->` and `<!-- performance:end -->` of benchmarks/README.md, and a short one
+into README.md, never from smoke results; `--check` fails where these do not say what the newest
+files say; `--targets` compares their ratios with the required ones.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def scaling_section(document: dict) -> str:
                 cells += [f"{run['tokens']:,}", number(micro), peak]
             rows.append([f"{label}, {dtype}", *cells])
     head = ["", "tokens", "µs per token", "peak, MB", "up to tokens", "µs per token", "peak, MB"]
-    image = f"![time and peak memory against tokens](benchmarks/results/{plot_name(document)})"
+    image = f"![time and peak memory against tokens](results/{plot_name(document)})"
     return "\n\n".join([provenance(document, rounds(document)), grid(head, rows), image])
 
 
@@ -289,6 +289,76 @@ def section(documents: dict[tuple[str, str], dict]) -> str:
     return "\n\n".join(parts) or "No results are recorded yet."
 
 
+def headline(documents: dict[tuple[str, str], dict]) -> str:
+    """README.md's table: time and memory of every implementation as ratios, and whole steps."""
+    parts = []
+    for (case, _), document in documents.items():
+        if case == "table" and document["runs"]:
+            parts.append(_short_table(document))
+        if case in ("end_to_end", "trl_integration") and document["runs"]:
+            parts.append(_short_steps(document))
+    return "\n\n".join(parts) or "No results are recorded yet."
+
+
+def _short_table(document: dict) -> str:
+    """Times and peaks of materialized logits: rows implementations, columns dtypes."""
+    dtypes = list(dict.fromkeys(run["spec"]["dtype"] for run in document["runs"]))
+    full = [
+        _heads([run for run in document["runs"] if run["spec"]["dtype"] == dtype])["full"]
+        for dtype in dtypes
+    ]
+    rows = []
+    for name, label in _names(full).items():
+        if name not in ("auto", "recompute") and full[0]["results"].get(name, {}).get("ours"):
+            continue  # the others are in the whole table
+        cells = []
+        for run in full:
+            entry = run["results"].get(name, {})
+            base = run["results"]["materialized"].get("memory", {}).get("beyond")
+            peak = ratio(entry.get("memory", {}).get("beyond"), base)
+            time = ratio(median(run, name), median(run, "materialized"))
+            cells += [number(time, 2), number(peak, 2)]
+        if any(cell != "–" for cell in cells):
+            ours = full[0]["results"].get(name, {}).get("ours")
+            rows.append([f"**{label}**" if ours else label, *cells])
+    head = ["forward + backward, of materialized logits"]
+    head += [f"{dtype}, {what}" for dtype in dtypes for what in ("time", "memory")]
+    run = document["runs"][0]
+    about = (
+        f"{run['tokens']:,} response tokens, D = {run['width']}, V = {run['vocab']:,}, "
+        f"{document['device']['name']}, {document['threads']} threads, {document['date'][:10]}; "
+        f"memory beyond inputs and gradients; `benchmarks/results/{document['file']}`."
+    )
+    return f"{grid(head, rows)}\n\n{about}"
+
+
+def _seconds(run: dict) -> float:
+    """Of a pair where a run says so, as trainers may differ in pairs a step; else of a step."""
+    return 1 / run["pairs_per_second"] if "pairs_per_second" in run else run["median_s"]
+
+
+def _short_steps(document: dict) -> str:
+    """A sentence on whole training steps."""
+    base, best = (
+        (BASE, "ours, prefix sharing")
+        if document["case"] == "end_to_end"
+        else (TRL_BASE, "RPOTrainer")
+    )
+    found = []
+    for dtype, runs in document["runs"].items():
+        if all(runs.get(name, {}).get("status") == "ok" for name in (base, best)):
+            time = _seconds(runs[best]) / _seconds(runs[base])
+            peak = ratio(runs[best]["peak_bytes"], runs[base]["peak_bytes"])
+            found.append(
+                f"{number(time, 2)} of the time and {number(peak, 2)} of the memory, {dtype}"
+            )
+    what = "Our trainer" if document["case"] == "end_to_end" else "`RPOTrainer` in TRL"
+    return (
+        f"{what} takes, of TRL's `DPOTrainer` on the same pairs, {'; '.join(found)} "
+        f"(`benchmarks/results/{document['file']}`)."
+    )
+
+
 def spliced(readme: str, text: str) -> str | None:
     """README with the section replaced, None if a marker is missing."""
     if BEGIN not in readme or END not in readme:
@@ -300,9 +370,11 @@ def spliced(readme: str, text: str) -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--write", action="store_true", help="write the section into README")
-    parser.add_argument("--check", action="store_true", help="fail if README is out of date")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help="folder of README.md and benchmarks/README.md"
+    )
+    parser.add_argument("--write", action="store_true", help="write the tables into both READMEs")
+    parser.add_argument("--check", action="store_true", help="fail if one is out of date")
     parser.add_argument(
         "--targets", action="store_true", help="print the required ratios, met or not"
     )
@@ -313,25 +385,32 @@ def main(arguments: list[str] | None = None) -> int:
     documents = load(a.results, a.smoke)
     if a.targets:
         return 0 if compare(documents) else 1
-    text = section(documents)
-    old = a.readme.read_text() if a.readme.exists() else ""
-    new = spliced(old, text)
+    texts = {
+        a.root / "benchmarks" / "README.md": section(documents),
+        a.root / "README.md": headline(documents),
+    }
+    old = {path: path.read_text() if path.exists() else "" for path in texts}
+    new = {path: spliced(old[path], text) for path, text in texts.items()}
     if a.check:
-        fresh = new is not None and new == old
-        print("README is up to date" if fresh else "README is out of date: run benchmarks.report")
-        return 0 if fresh else 1
+        stale = [str(path) for path in texts if new[path] is None or new[path] != old[path]]
+        print(
+            f"out of date: {', '.join(stale)}; run benchmarks.report --write" if stale else "fresh"
+        )
+        return 1 if stale else 0
     from benchmarks.plots import draw
 
     for (case, _), document in documents.items():
         if case not in ("end_to_end", "trl_integration"):
             draw(document, a.results / plot_name(document))
-    if not a.write or new is None:
-        print(text)
-    if a.write and new is None:
-        print(f"{a.readme} lacks the markers {BEGIN} and {END}: nothing written")
-        return 1
-    if a.write:
-        a.readme.write_text(new)
+    if not a.write:
+        print("\n\n".join(texts.values()))
+        return 0
+    for path, text in new.items():
+        if text is None:
+            print(f"{path} lacks the markers {BEGIN} and {END}: nothing written")
+            return 1
+    for path, text in new.items():
+        path.write_text(str(text))
     return 0
 
 

@@ -14,10 +14,12 @@ from packaging.utils import canonicalize_name
 from tests.support import ROOT
 
 README = (ROOT / "README.md").read_text()
+KERNELS = (ROOT / "rpo_kernels" / "README.md").read_text()
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_python_examples_run():
@@ -33,7 +35,8 @@ def test_python_examples_run():
 
 
 def test_plan_command_runs():
-    (command,) = [b.strip() for b in blocks("bash") if b.startswith("python -m rpo_kernels.plan")]
+    found = [block.strip() for block in blocks("bash", KERNELS)]
+    (command,) = [block for block in found if block.startswith("python -m rpo_kernels.plan")]
     words = shlex.split(command)
     result = subprocess.run(
         [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True
@@ -109,13 +112,32 @@ def test_the_newest_releases_are_tried_by_the_same_commands():
     assert shown(".ci/newest", "torch<2.12") == torch.sub("'torch<2.12'", newest) != newest
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))
-def test_links_lead_to_files(target):
-    assert (ROOT / target).exists()
+DOCUMENTS = sorted(
+    path.relative_to(ROOT)
+    for folder in (".", "rpo_kernels", "trainer", "benchmarks", "benchmarks/experiments")
+    for path in (ROOT / folder).glob("*.md")
+)
 
 
-def test_no_figure_without_a_file():
-    section = README.split("<!-- performance:begin -->")[1].split("<!-- performance:end -->")[0]
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_links_lead_to_files(document):
+    text = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / document).read_text(), flags=re.DOTALL)
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert not [target for target in targets if not (ROOT / document.parent / target).exists()]
+    assert targets or document.name not in ("README.md", "FIELDS.md")
+
+
+def test_a_stranger_finishes_the_readme_in_three_minutes():
+    """250 words a minute of prose; code, tables and pictures are looked at."""
+    prose = re.sub(
+        r"```.*?```|^\|.*?$|!\[.*?\)|<!--.*?-->", "", README, flags=re.DOTALL | re.MULTILINE
+    )
+    assert len(prose.split()) <= 750
+
+
+@pytest.mark.parametrize("text", [README, BENCHMARKS], ids=["README", "benchmarks/README"])
+def test_no_figure_without_a_file(text):
+    section = text.split("<!-- performance:begin -->")[1].split("<!-- performance:end -->")[0]
     names = re.findall(r"benchmarks/results/[\w.-]+\.json", section)
     assert all((ROOT / name).exists() for name in names)
     assert names or not re.search(r"\d", section), "figures must name the file that backs them"

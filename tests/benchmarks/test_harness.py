@@ -205,9 +205,11 @@ def test_session_ends_when_the_culprit_is_unknown(tmp_path):
 
 def test_report_says_what_the_file_says(document, tmp_path, capsys):
     folder = document["path"].parent
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    words = ["--results", str(folder), "--readme", str(readme)]
+    (tmp_path / "benchmarks").mkdir()
+    readme, short = tmp_path / "benchmarks" / "README.md", tmp_path / "README.md"
+    for path in (readme, short):
+        path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    words = ["--results", str(folder), "--root", str(tmp_path)]
     assert report.main([*words, "--check"]) == 1
     assert report.main(words) == 0 and "old" in readme.read_text()  # only --write writes
     assert report.main([*words, "--write"]) == 0
@@ -218,6 +220,10 @@ def test_report_says_what_the_file_says(document, tmp_path, capsys):
     assert report.number(report.median(full, "auto")) in text
     assert (document["commit"] or "unknown")[:10] in text and document["file"] in text
     assert "wrong gradient: wrong" in text and "absent: unavailable (not on this device)" in text
+    whole = short.read_text()
+    assert whole.startswith("before\n") and whole.endswith("after\n") and "old" not in whole
+    share = report.ratio(report.median(full, "auto"), report.median(full, "materialized"))
+    assert report.number(share, 2) in whole and document["file"] in whole
     readme.write_text("no markers\n")
     assert report.main([*words, "--write"]) == 1 and readme.read_text() == "no markers\n"
     with pytest.raises(SystemExit):
