@@ -244,6 +244,28 @@ def _fill(
 
 
 @gluon.jit
+def _add_part(x, v, stop, wanted, running_max, running_sum, picked, bias, inner, outer):
+    """The running vectors (n,) after products ``x (n, v)``; a part beyond `stop` adds nothing."""
+    rows: gl.constexpr = running_max.type.layout
+    layout: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    x = _capped(x, v, stop, bias, inner)
+    offs_v = v + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
+    here = gl.convert_layout(wanted, layout, assert_trivial=True)
+    hit = (wanted >= v) & (wanted < v + x.shape[1])
+    if gl.max(hit.to(gl.int32), 0) > 0:
+        found = gl.sum(gl.where(here[:, None] == offs_v[None, :], x, 0.0), 1)
+        picked += outer * gl.convert_layout(found, rows, assert_trivial=True)
+    if v + x.shape[1] > stop:
+        x = gl.where((offs_v < stop)[None, :], x, float("-inf"))
+    largest = gl.convert_layout(gl.max(x, 1), rows, assert_trivial=True)
+    new_max = gl.maximum(running_max, outer * largest)
+    shift = gl.convert_layout(new_max, layout, assert_trivial=True)
+    part = gl.sum(gl.exp2(x * outer - shift[:, None]), 1)
+    part = gl.convert_layout(part, rows, assert_trivial=True)
+    return new_max, running_sum * gl.exp2(running_max - new_max) + part, picked
+
+
+@gluon.jit
 def _sum_up(
     WHO: gl.constexpr, ring, given, D: gl.constexpr, LAG: gl.constexpr, GROUP: gl.constexpr
 ):
@@ -269,18 +291,19 @@ def _sum_up(
         for v in range(start, stop, BLOCK):
             acc, step = _multiply(WHO, ring, step, tile, D, LAG)
             tile += 1
-            x = _capped(acc, v, stop, bias, inner)
-            offs_v = v + gl.arange(0, BLOCK, gl.SliceLayout(0, x.type.layout))
-            hit = (wanted >= v) & (wanted < v + BLOCK)
-            if gl.max(hit.to(gl.int32), 0) > 0:
-                here = wanted[:, None] == offs_v[None, :]
-                picked += outer * gl.sum(gl.where(here, x, 0.0), 1)
-            if v + BLOCK > stop:
-                x = gl.where((offs_v < stop)[None, :], x, float("-inf"))
-            new_max = gl.maximum(running_max, outer * gl.max(x, 1))
-            part = gl.sum(gl.exp2(x * outer - new_max[:, None]), 1)
-            running_sum = running_sum * gl.exp2(running_max - new_max) + part
-            running_max = new_max
+            if inner is None:
+                running_max, running_sum, picked = _add_part(
+                    acc, v, stop, wanted, running_max, running_sum, picked, bias, inner, outer
+                )
+            else:  # the tanh needs registers: half a tile at a time
+                left, right = _halves(acc)
+                running_max, running_sum, picked = _add_part(
+                    left, v, stop, wanted, running_max, running_sum, picked, bias, inner, outer
+                )
+                running_max, running_sum, picked = _add_part(
+                    right, v + BLOCK // 2, stop, wanted, running_max, running_sum, picked, bias,
+                    inner, outer,
+                )  # fmt: skip
         row = partials + split.to(gl.int64) * n + offs_n
         gl.store(row, running_max, mask=mask_n)
         gl.store(row + splits.to(gl.int64) * n, running_sum, mask=mask_n)

@@ -250,11 +250,16 @@ def accesses(asm: dict, kind: str) -> dict[int, int]:
 
 
 def instructions(asm: dict) -> dict[str, int]:
-    """How often each instruction stands in a kernel for NVIDIA, `MUFU.EX2` and the like apart."""
+    """How often each instruction stands in a kernel for NVIDIA, `MUFU.EX2` and the like apart.
+
+    What a warp does whose threads have parted, which the assembler of Triton 3.8 puts behind all
+    other code, does not count: no warp of ours parts.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
         cubin.flush()
         text = nvidia_tool("cuobjdump", "--dump-sass", cubin.name)
+    text = text.partition("WARPSYNC.COLLECTIVE")[0]
     found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9]*(?:\.EX2)?)", text)
     return dict(Counter(found))
 
