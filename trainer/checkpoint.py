@@ -23,14 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 import xxhash
 from accelerate import Accelerator
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
 
 from trainer.config.fields import RunConfig
 from trainer.console import say
@@ -38,7 +32,7 @@ from trainer.data.batches import Split, Step
 from trainer.errors import InputError
 from trainer.loop import Training
 from trainer.model.policy import PreferenceModel
-from trainer.parallel import zero3
+from trainer.parallel.ways import way_of
 from trainer.reference.cache import data_key, weights_key
 
 # Said at every save of a single process.
@@ -160,10 +154,8 @@ def save(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    if zero3.is_engine(training.model):
-        zero3.save(training.model, draft / WEIGHTS_FOLDER)
-    else:
-        dcp.save(_weights(training), checkpoint_id=draft / WEIGHTS_FOLDER)
+    way = way_of(training.model, accelerator)
+    way.save(training.inner_optimizer, draft / WEIGHTS_FOLDER)
     own = {"schedule": training.schedule.state_dict(), "random": _random_state()}
     own |= {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}
     torch.save(own, draft / f"rank-{accelerator.process_index}.pt")
@@ -199,18 +191,8 @@ def load(training: Training, folder: Path, accelerator: Accelerator) -> None:
     """Put a checkpoint's step, weights, moments, schedule and random states into `training`."""
     progress = read_progress(folder)
     training.step, training.window = progress["step"], progress["window"]
-    if zero3.is_engine(training.model):
-        zero3.load(training.model, folder / WEIGHTS_FOLDER, accelerator.num_processes)
-    else:
-        state = _weights(training)
-        dcp.load(state, checkpoint_id=folder / WEIGHTS_FOLDER)
-        set_state_dict(
-            training.model,
-            training.inner_optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=_OPTIONS,
-        )
+    way = way_of(training.model, accelerator)
+    way.load(training.inner_optimizer, folder / WEIGHTS_FOLDER)
     own = folder / f"rank-{accelerator.process_index}.pt"
     state = torch.load(own if own.exists() else folder / "rank-0.pt", weights_only=True)
     training.schedule.load_state_dict(state["schedule"])
@@ -230,15 +212,6 @@ def clear(folder: Path, resuming: bool) -> None:
     """Remove what a killed process left half-written and, unless resuming, an earlier run's."""
     for path in [*folder.glob(".checkpoint-*"), *([] if resuming else _checkpoints(folder))]:
         shutil.rmtree(path)
-
-
-# Frozen parameters (all but the adapters, with LoRA) are what the model folder says.
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
-
-
-def _weights(training: Training) -> dict[str, object]:
-    model, optimizer = get_state_dict(training.model, training.inner_optimizer, options=_OPTIONS)
-    return {"model": model, "optimizer": optimizer}
 
 
 def _fields(config: RunConfig) -> dict[str, object]:

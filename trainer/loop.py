@@ -23,7 +23,7 @@ from trainer.console import progress, say
 from trainer.data.batches import Indices, Split, Step, named_pairs, pack, plan_pass
 from trainer.model.policy import PolicyOutput
 from trainer.output import RunLog
-from trainer.parallel import distributed, zero3
+from trainer.parallel.ways import way_of
 from trainer.stop import Stopped, StopSignal
 
 try:
@@ -97,6 +97,7 @@ def run_step(
         `METRICS` (12,) of the step, the same on every rank.
     """
     model.train(train)  # for adapters' dropout; the model's own is off
+    way = way_of(model, accelerator)
     pairs, num_pairs = split.pairs, len(step.indices)
     num_chosen_tokens = sum(pairs[i].chosen.trained_tokens for i in step.indices)
 
@@ -105,10 +106,10 @@ def run_step(
         batch = pack(pairs, ranks[accelerator.process_index], ranks).to(accelerator.device)
         ref = None if split.reference is None else split.reference(batch)
         waits = train and k < len(step.micro_batches)
-        with distributed.no_sync(model, accelerator) if waits else contextlib.nullcontext():
+        with way.waiting() if waits else contextlib.nullcontext():
             out = model(batch, ref, num_pairs, num_chosen_tokens)
-            if train:  # gradients are averaged over ranks; the step's gradient is the sum
-                distributed.backward(out.loss * accelerator.num_processes, model, accelerator)
+            if train:
+                way.backward(out.loss)
         share = metric_shares(out, ref, num_pairs)
         if untrained and split.own_reference:
             share[METRICS.index("rewards/accuracies")] = 0.5 * len(batch.indices) / num_pairs
@@ -227,7 +228,7 @@ def train(
                 say(line(row, last))
         if number := stop.received():
             raise Stopped(number, save_now())
-        if owes_evaluation(training, config, last):
+        if evaluation_due(training, config, last):
             evaluate_now()
         saved = config.save_steps and training.step % config.save_steps == 0
         folder = save_now() if saved else None
@@ -254,7 +255,7 @@ def end_early(training: Training, config: RunConfig) -> None:
     )
 
 
-def owes_evaluation(training: Training, config: RunConfig, last: int) -> bool:
+def evaluation_due(training: Training, config: RunConfig, last: int) -> bool:
     """Whether an evaluation belongs here and is not among the rows.
 
     It belongs to step 0, every `eval_steps` and the step `last`; a run that was stopped leaves it
@@ -294,27 +295,16 @@ def update(
 ) -> float | None:
     """Clip the gradients, step optimizer and schedule, clear; returns the norm before clipping.
 
-    With float16, accelerate's scaler multiplies the loss, and divides the gradient before it is
-    clipped. Where the scaled gradient overflows, the scaler leaves out the optimizer's step and
-    halves its factor; the schedule waits, and there is no norm: None.
+    None, and the schedule waits, where float16's scaled gradient overflowed (`parallel.ways`).
     """
-    number, scaler = training.step + 1, accelerator.scaler
-    if zero3.is_engine(training.model):  # does all of it in one; a NaN still ends the run
-        check_finite(number, loss, 0.0)
-        norm = zero3.update(training.model)
-        check_finite(number, loss, norm)
+
+    def check(norm: float) -> None:
+        check_finite(training.step + 1, loss, norm)
+
+    way = way_of(training.model, accelerator)
+    norm = way.update(training.optimizer, max_norm, check)
+    if norm is not None:
         training.schedule.step()
-        return norm
-    parameters = training.model.parameters()
-    clipped = accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
-    norm = distributed.norm_value(clipped)
-    skipped = scaler is not None and scaler.get_scale() >= 1 and not math.isfinite(norm)
-    check_finite(number, loss, 0.0 if skipped else norm)
-    training.optimizer.step()
-    training.optimizer.zero_grad(set_to_none=True)
-    if skipped:
-        return None
-    training.schedule.step()
     return norm
 
 

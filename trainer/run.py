@@ -42,7 +42,7 @@ from trainer.data.encoding import encode_rows, use_chat_template
 from trainer.data.sources import read_splits
 from trainer.data.truncation import Limits
 from trainer.errors import InputError
-from trainer.loop import Training, evaluate, evaluation_step, owes_evaluation, train
+from trainer.loop import Training, evaluate, evaluation_due, evaluation_step, train
 from trainer.model.adapters import add_adapters
 from trainer.model.fit import check_answers, check_fit
 from trainer.model.generate import first_prompts, take_samples
@@ -50,7 +50,8 @@ from trainer.model.loading import check_layers, load_model, load_tokenizer, loca
 from trainer.model.policy import PreferenceModel, compile_layers, loss_options
 from trainer.model.probe import check_architecture, check_model
 from trainer.optimizer import check_optimizer, make_optimizer, make_schedule
-from trainer.parallel import distributed, zero3
+from trainer.parallel.request import handlers, requested_sharding
+from trainer.parallel.ways import WAYS, Replicated, way_of
 from trainer.reference.modes import Reference
 from trainer.stop import Stopped, StopSignal
 
@@ -59,16 +60,16 @@ def run(config: RunConfig) -> list[dict[str, float]]:
     """Run a config from files to a saved model; returns the rows of `metrics.jsonl`."""
     config = with_dtype(config)
     if config.dry_run:
-        return run_alone(config)
+        return run_locked(config)
     with output.only_writer(config.output_dir):
-        return run_alone(config)
+        return run_locked(config)
 
 
-def run_alone(config: RunConfig) -> list[dict[str, float]]:
+def run_locked(config: RunConfig) -> list[dict[str, float]]:
     """`run`, once no other process writes to `output_dir`."""
     started = time.perf_counter()
     resumed = check(config)
-    sharding = distributed.take_request(config)
+    way = WAYS[requested_sharding(config)]
     accelerator = start(config)
     config = dated(config, resumed)
     options, source = loss_options(config), locate_model(config)
@@ -87,7 +88,7 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     if "eval" in splits and config.sample_prompts:
         asked = first_prompts(splits["eval"].pairs, config.sample_prompts)
         check_answers(policy.language_model, asked, config.max_new_tokens)
-    policy.to(check_device(config, sharding, accelerator))
+    policy.to(way.check_device(config, accelerator))
     alone = check_model(policy, pairs, config.packing)
     console.say(f"packing: {alone or 'yes'}")
     if alone and config.prefix_sharing:
@@ -98,7 +99,7 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     fingerprint = checkpoint.fingerprint(config, splits, plans["train"], models)
     if resumed:
         checkpoint.check_fingerprint(resumed, fingerprint)
-    model, optimizer = prepare(policy, config, sharding, accelerator)
+    model, optimizer = prepare(policy, config, way, accelerator)
     reference.attach(model, splits, plans)
     log = open_log(config, splits, resumed, accelerator)  # the last check is passed
     schedule = make_schedule(optimizer, config, len(plans["train"]))
@@ -124,7 +125,7 @@ def run_alone(config: RunConfig) -> list[dict[str, float]]:
     if resumed:
         checkpoint.load(training, resumed, accelerator)
         console.say(f"goes on after step {training.step} of {len(plans['train'])}, from {resumed}")
-    if owes_evaluation(training, config, len(plans["train"])):
+    if evaluation_due(training, config, len(plans["train"])):
         evaluate_now()
     todo = (training, splits["train"], plans["train"])
     with StopSignal(accelerator) as stop:
@@ -200,36 +201,22 @@ def open_log(
     return log
 
 
-def check_device(config: RunConfig, sharding: str | None, accelerator: Accelerator) -> torch.device:
-    """Where the whole policy is checked: it may be larger than a device that FSDP2 gives a part.
-
-    Liger's kernels do not run on CPUs, and DeepSpeed puts all of it on the device anyway.
-    """
-    on_cpu = sharding == "fsdp2" and not config.use_liger_kernel
-    return torch.device("cpu") if on_cpu else accelerator.device
-
-
 def prepare(
-    policy: PreferenceModel, config: RunConfig, sharding: str | None, accelerator: Accelerator
+    policy: PreferenceModel, config: RunConfig, way: type[Replicated], accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model to train, with adapters, compiled, under DDP or sharded, and its optimizer."""
     if config.torch_compile:
         compile_layers(policy)
     if config.use_peft:
         policy.model = add_adapters(policy.model, config)
-    if sharding == "zero3":
-        return zero3.partition(policy, make_optimizer(policy, config), config)
-    if sharding == "fsdp2":
-        model = distributed.shard(policy, accelerator)
-        return model, make_optimizer(model, config)
-    return accelerator.prepare(policy, make_optimizer(policy, config))
+    return way.prepare(policy, config, make_optimizer, accelerator)
 
 
 def save(
     training: Training, tokenizer: PreTrainedTokenizerBase, folder: Path, accelerator: Accelerator
 ) -> None:
     """Write the model as it is into a folder, complete once it is there; every rank calls it."""
-    weights = distributed.whole_weights(training.model)
+    weights = way_of(training.model, accelerator).whole_weights()
     if accelerator.is_main_process:
         draft = folder.with_name(f".{folder.name}")
         for path in (draft, folder):
@@ -332,7 +319,7 @@ def start(config: RunConfig) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
-        kwargs_handlers=distributed.handlers(config),
+        kwargs_handlers=handlers(config),
     )
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != asked:

@@ -28,7 +28,7 @@ from trainer.errors import InputError
 from trainer.loop import Training, mean_row, run_step, take_step
 from trainer.model.loading import check_layers
 from trainer.optimizer import make_optimizer, make_schedule
-from trainer.parallel import distributed
+from trainer.parallel import request
 
 FIELDS = {"eta": 5000.0, "lr_scheduler_type": "linear", "warmup_ratio": 0.0, "weight_decay": 0.1}
 
@@ -133,8 +133,8 @@ def test_where_it_is_refused(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="dtype: float16 needs a GPU, found none; use bfloat"):
             check_layers(config)
-    monkeypatch.setenv(distributed.REQUESTS["fsdp2"], "true")
+    monkeypatch.setenv(request.REQUESTS["fsdp2"], "true")
     with pytest.raises(InputError, match="dtype: expected bfloat16 or float32 with fsdp2"):
-        distributed.take_request(config)
+        request.requested_sharding(config)
     with pytest.raises(InputError, match="model_dtype: expected float32 with dtype float16, got b"):
         tiny_config(dtype="float16", model_dtype="bfloat16")

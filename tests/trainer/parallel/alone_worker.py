@@ -9,7 +9,7 @@ from tests.trainer.tiny import as_split, shifted_reference, tiny_model, tiny_pol
 from trainer.data.batches import plan_pass
 from trainer.loop import run_step
 from trainer.model.probe import check_model
-from trainer.parallel import distributed
+from trainer.parallel import fsdp2
 
 EXPERTS = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.3}
 MODELS = {
@@ -28,7 +28,7 @@ def results(kind, how, accelerator, count=5):
     policy, _ = tiny_policy(tiny_model(kind, **MODELS[kind]), eta=0.5)
     check_model(policy, split.pairs)
     if how == "fsdp":
-        policy = distributed.shard(policy, accelerator)
+        policy = fsdp2.shard(policy, accelerator)
     elif how == "ddp":
         policy = torch.nn.parallel.DistributedDataParallel(policy, find_unused_parameters=True)
     found = []

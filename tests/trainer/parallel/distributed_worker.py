@@ -28,7 +28,7 @@ from trainer.config.recipe import parse_config
 from trainer.data.batches import Step, pack, plan_pass
 from trainer.loop import run_step
 from trainer.model.backbone import checkpoint_layers
-from trainer.parallel import distributed, zero3
+from trainer.parallel import fsdp2, request, zero3
 
 # Seven pairs in two uneven passes; one pair, so that a rank has none; passes without any pair.
 STEPS = {
@@ -58,7 +58,7 @@ def gradients(mode: str, accelerator: Accelerator) -> dict[str, object]:
     split = as_split(tiny_split(7).pairs, shifted_reference(7))
     policy, _ = tiny_policy(sft_reduction="token_mean", eta=0.5)
     if mode == "fsdp":
-        policy = distributed.shard(policy, accelerator)
+        policy = fsdp2.shard(policy, accelerator)
         assert all(isinstance(p, DTensor) for p in policy.parameters())
         local = policy.model.model.layers[0].mlp.up_proj.weight.to_local()
         assert local.shape[0] == 64 // accelerator.num_processes
@@ -78,7 +78,7 @@ def gradients(mode: str, accelerator: Accelerator) -> dict[str, object]:
         results[name] = {
             "metrics": values,
             "gradient": torch.cat([g.flatten() for g in whole]).clone(),
-            "norm": torch.tensor(distributed.norm_value(norm)),
+            "norm": torch.tensor(float(norm.full_tensor() if isinstance(norm, DTensor) else norm)),
         }
     return results
 
@@ -98,7 +98,7 @@ def half_gradients(kind: str, accelerator: Accelerator, dtype: str) -> dict[str,
         if p.dim() == 2
     }
     if ranks > 1:
-        policy = distributed.shard(policy, accelerator)
+        policy = fsdp2.shard(policy, accelerator)
     alone = ranks == 1 and dtype == "bfloat16"  # `shard` does it itself
     with torch.autocast("cpu", torch.bfloat16, enabled=alone):
         if ranks > 1:
@@ -159,11 +159,11 @@ def adapters_and_half(folder: Path, words: list[str], results: dict[str, object]
     words = [*words, "--model_name_or_path", str(folder / "untied")]
     resume = ["--resume_from_checkpoint", str(folder / "lora-a" / "checkpoint-2")]
     for name, more in (("lora-a", []), ("lora-b", resume)):
-        os.environ[distributed.REQUESTS["fsdp2"]] = "true"
+        os.environ[request.REQUESTS["fsdp2"]] = "true"
         more = [*LORA, *DESCENT, *more]
         run.run(parse_config([*words, "--output_dir", str(folder / name), *more]))
     AcceleratorState._reset_state()
-    os.environ[distributed.REQUESTS["fsdp2"]] = "true"
+    os.environ[request.REQUESTS["fsdp2"]] = "true"
     run.run(parse_config([*words, "--output_dir", str(folder / "mixed"), *MIXED, *DESCENT]))
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     results["half"] = {kind: half_gradients(kind, accelerator, "bfloat16") for kind in HALF}
@@ -174,7 +174,7 @@ def main(rank: int, port: int, folder: Path, how: str, words: list[str]) -> None
     place = {"LOCAL_WORLD_SIZE": RANKS[how], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in (ranks | place).items()})
     zero3.PERSISTENT = 0  # or a tiny model would stay whole
-    handlers = distributed.handlers(tiny_config(ddp_timeout=TIMEOUT))
+    handlers = request.handlers(tiny_config(ddp_timeout=TIMEOUT))
     accelerator = Accelerator(cpu=True, kwargs_handlers=handlers)
     assert accelerator.num_processes == RANKS[how]
     group = torch.distributed.distributed_c10d._get_default_group()
@@ -182,7 +182,7 @@ def main(rank: int, port: int, folder: Path, how: str, words: list[str]) -> None
     results = {mode: gradients(mode, accelerator) for mode in MODES[how]}
     resume = ["--resume_from_checkpoint", str(folder / "a" / "checkpoint-2")]
     for name, more in (("a", []), ("b", resume), ("sgd", DESCENT)):
-        os.environ[distributed.REQUESTS[how]] = "true"
+        os.environ[request.REQUESTS[how]] = "true"
         run.run(parse_config([*words, "--output_dir", str(folder / name), *more]))
     if how == "fsdp2":
         resume = ["--resume_from_checkpoint", str(folder / "ddp-a" / "checkpoint-2")]

@@ -43,7 +43,8 @@ from tests.trainer.tiny import (
 from trainer import run
 from trainer.config.recipe import parse_config
 from trainer.errors import InputError
-from trainer.parallel import distributed
+from trainer.parallel import fsdp2, request
+from trainer.parallel.ways import WAYS
 
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
 
@@ -235,20 +236,20 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(launched, kind):
 def test_sharding_that_is_asked_for_but_not_done_is_an_error(
     monkeypatch, how, variable, value, message
 ):
-    monkeypatch.setenv(distributed.REQUESTS[how], "true")
+    monkeypatch.setenv(request.REQUESTS[how], "true")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(InputError, match=f"{how} is asked for, but this is a single process"):
-        distributed.take_request(tiny_config())
+        request.requested_sharding(tiny_config())
     with pytest.raises(InputError, match=f"load_in_4bit: expected false with {how}, which would"):
-        distributed.take_request(tiny_config(use_peft=True, load_in_4bit=True))
+        request.requested_sharding(tiny_config(use_peft=True, load_in_4bit=True))
     for optim in ("adamw_8bit", "adafactor"):
         with pytest.raises(InputError, match=f"optim: expected adamw_torch or sgd with {how}"):
-            distributed.take_request(tiny_config(optim=optim))
+            request.requested_sharding(tiny_config(optim=optim))
     monkeypatch.setenv(variable, value)
     with pytest.raises(InputError, match=message):
-        distributed.take_request(tiny_config())
+        request.requested_sharding(tiny_config())
     with pytest.raises(InputError, match="weight is not sharded"):
-        distributed.check_sharded(nn.Linear(2, 2))
+        fsdp2.check_sharded(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -263,33 +264,33 @@ def test_sharding_that_is_asked_for_but_not_done_is_an_error(
 def test_a_model_that_is_sharded_is_checked_before_it_is_on_a_device(sharding, liger, device):
     accelerator = SimpleNamespace(device=torch.device("meta"))
     config = tiny_config(use_liger_kernel=liger)
-    assert run.check_device(config, sharding, accelerator) == torch.device(device)
+    assert WAYS[sharding].check_device(config, accelerator) == torch.device(device)
 
 
 def test_two_ways_to_shard_are_refused(monkeypatch):
-    for variable in distributed.REQUESTS.values():
+    for variable in request.REQUESTS.values():
         monkeypatch.setenv(variable, "true")
     with pytest.raises(InputError, match="expected one way to shard, got fsdp2 and zero3: ACC"):
-        distributed.take_request(tiny_config())
+        request.requested_sharding(tiny_config())
 
 
 def test_a_unit_that_trains_two_types_is_refused(monkeypatch):
     unit = nn.Module()
     unit.inner = nn.Linear(2, 2).bfloat16()
     unit.other = nn.Linear(2, 2, bias=False)
-    monkeypatch.setattr(distributed, "DTensor", nn.Parameter)  # as if sharded
-    monkeypatch.setattr(distributed, "FSDPModule", nn.Module)
-    distributed.check_sharded(unit)  # units of their own
+    monkeypatch.setattr(fsdp2, "DTensor", nn.Parameter)  # as if sharded
+    monkeypatch.setattr(fsdp2, "FSDPModule", nn.Module)
+    fsdp2.check_sharded(unit)  # units of their own
 
     class Whole(nn.Module):
         pass
 
-    monkeypatch.setattr(distributed, "FSDPModule", Whole)
+    monkeypatch.setattr(fsdp2, "FSDPModule", Whole)
     unit.__class__ = Whole
     with pytest.raises(InputError, match="model_dtype: .* Whole trains inner.bias of torch.bfloat"):
-        distributed.check_sharded(unit)
+        fsdp2.check_sharded(unit)
     unit.inner.requires_grad_(False)
-    distributed.check_sharded(unit)
+    fsdp2.check_sharded(unit)
 
 
 @pytest.mark.parametrize("how", [None, "zero3"])
@@ -304,13 +305,13 @@ def test_what_accelerate_would_do_beside_the_recipe_is_refused(
     monkeypatch, how, variable, neutral, value, message
 ):
     if how:
-        monkeypatch.setenv(distributed.REQUESTS[how], "true")
+        monkeypatch.setenv(request.REQUESTS[how], "true")
     else:
         monkeypatch.setenv(f"ACCELERATE_{variable}", neutral)
-        assert distributed.take_request(tiny_config()) is None
+        assert request.requested_sharding(tiny_config()) is None
     monkeypatch.setenv(f"ACCELERATE_{variable}", value)
     with pytest.raises(InputError, match=f"^accelerate's {message}; set it in its file"):
-        distributed.take_request(tiny_config())
+        request.requested_sharding(tiny_config())
 
 
 @pytest.mark.parametrize(
@@ -323,11 +324,11 @@ def test_what_accelerate_would_do_beside_the_recipe_is_refused(
     ],
 )
 def test_what_zero3_cannot_do_is_refused(monkeypatch, fields, message):
-    monkeypatch.setenv(distributed.REQUESTS["zero3"], "true")
+    monkeypatch.setenv(request.REQUESTS["zero3"], "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=message):
-        distributed.take_request(tiny_config(**fields))
+        request.requested_sharding(tiny_config(**fields))
 
 
 @pytest.mark.parametrize(
@@ -346,8 +347,8 @@ def test_what_accelerate_makes_of_the_configs(monkeypatch, name, how):
     environment = made | {"WORLD_SIZE": "8"}
     for variable in environment.keys() - before.keys():
         monkeypatch.setenv(variable, environment[variable])
-    assert distributed.take_request(tiny_config()) == how
-    assert not {*distributed.REQUESTS.values()} & os.environ.keys()
+    assert request.requested_sharding(tiny_config()) == how
+    assert not {*request.REQUESTS.values()} & os.environ.keys()
 
 
 def test_the_config_for_cpus_is_one_process():
