@@ -97,7 +97,7 @@ def trials(key: tuple[str, str], smoke: bool) -> list[Trial]:
     """All candidates in the order in which they run."""
     from rpo_kernels.backends import tiles, torch_backend, triton_sparse
     from rpo_kernels.backends import triton_backend as backend
-    from rpo_kernels.engines.matmul import matmul_into
+    from rpo_kernels.engines.panel import matmul_into
     from rpo_kernels.engines.skipping import BLOCK
     from rpo_kernels.spec import Transform
 

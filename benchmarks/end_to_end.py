@@ -45,7 +45,7 @@ TRL: dict[str, bool] = {BASE: True, "TRL, reference online": False}
 def prepare(folder: Path, steps: int, smoke: bool) -> None:
     """The model as a folder; the pairs as two files: ours, and TRL's in the order of our plan."""
     from trainer.config.recipe import parse_config
-    from trainer.data.batches import plan_training
+    from trainer.data.steps import plan_training
     from trainer.model.loading import load_model, load_tokenizer, locate_model, save_model
 
     config = parse_config([])  # the default recipe's model

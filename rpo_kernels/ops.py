@@ -27,7 +27,7 @@ from rpo_kernels.engines.skipping import mask_shape
 from rpo_kernels.engines.terms import Saved
 from rpo_kernels.losses import total_terms
 from rpo_kernels.rows import check_offsets, keep_rows, send, sum_sequences
-from rpo_kernels.spec import Objective, Settings, accumulator_dtype, schema
+from rpo_kernels.spec import ACCUMULATOR, Objective, Settings, schema
 
 ONCE = (
     "second derivatives are not implemented: the gradient of rpo_kernels functions is not itself "
@@ -129,7 +129,7 @@ def linear_logprobs(hidden, weight, bias, targets, cu_seqlens, *given):
 @linear_logprobs.register_fake
 def _(hidden, weight, bias, targets, cu_seqlens, *given):
     settings = Settings(*given)
-    logps = hidden.new_empty(targets.shape, dtype=accumulator_dtype(settings.dtype))
+    logps = hidden.new_empty(targets.shape, dtype=ACCUMULATOR[settings.dtype])
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = mask_shape(hidden.shape[0], sequences, weight.shape[0], settings.tolerance)
     norm = logps.new_empty(*targets.shape, 2)
@@ -279,7 +279,7 @@ def preference_loss(hidden, weight, bias, labels, cu_seqlens, ref_logps, *given)
 def _(hidden, weight, bias, labels, cu_seqlens, ref_logps, *given):
     _, settings = _objective_and_settings(given)
     sequences = cu_seqlens.shape[0] - 1
-    pairs = hidden.new_empty(sequences // 2, 6, dtype=accumulator_dtype(settings.dtype))
+    pairs = hidden.new_empty(sequences // 2, 6, dtype=ACCUMULATOR[settings.dtype])
     if settings.strategy == "stream":
         saved = [*_empty_grads(hidden, weight, bias, settings.needs), hidden.new_empty(0)]
     else:

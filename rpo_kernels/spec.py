@@ -21,6 +21,11 @@ import torch
 from torch import Tensor
 
 LN2 = math.log(2)
+# The dtype of every sum, log-prob and loss, by that of the inputs.
+ACCUMULATOR = {
+    torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}  # fmt: skip
 
 
 class Transform(NamedTuple):
@@ -163,11 +168,6 @@ def gathered_rows(width: int, itemsize: int) -> int:
     CPU's cache, and well within the smallest sensible workspace.
     """
     return min(2048, max(64, 2**22 // (width * itemsize)))
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of every sum, log-prob and loss: float64 for float64 inputs, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def target_entry(logps: Tensor, shift: Tensor, sums: Tensor, transform: Transform) -> Tensor:

@@ -28,7 +28,8 @@ from accelerate import Accelerator
 
 from trainer.config.fields import RunConfig
 from trainer.console import say
-from trainer.data.batches import Split, Step
+from trainer.data.batches import Split
+from trainer.data.steps import Step
 from trainer.errors import InputError
 from trainer.loop import Training
 from trainer.model.policy import PreferenceModel

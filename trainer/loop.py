@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from trainer import best
 from trainer.config.fields import RunConfig
 from trainer.console import progress, say
-from trainer.data.batches import Indices, Split, Step, named_pairs, pack, plan_pass
+from trainer.data.batches import Split, named_pairs, pack
+from trainer.data.steps import Indices, Step, plan_pass
 from trainer.model.policy import PolicyOutput
 from trainer.output import RunLog
 from trainer.parallel.ways import way_of
@@ -99,7 +100,7 @@ def run_step(
     model.train(train)  # for adapters' dropout; the model's own is off
     way = way_of(model, accelerator)
     pairs, num_pairs = split.pairs, len(step.indices)
-    num_chosen_tokens = sum(pairs[i].chosen.trained_tokens for i in step.indices)
+    num_chosen_tokens = int(split.chosen_tokens[list(step.indices)].sum())
 
     shares, outcomes = torch.zeros(len(METRICS), device=accelerator.device), []
     for k, ranks in enumerate(step.micro_batches, 1):
@@ -285,7 +286,7 @@ def take_step(
     values |= {} if norm is None else {"grad_norm": norm}
     values |= {} if accelerator.scaler is None else {"skipped_steps": float(norm is None)}
     training.step += 1
-    values["tokens"] = sum(split.pairs[i].tokens for i in step.indices)
+    values["tokens"] = int(split.tokens[list(step.indices)].sum())
     values["seconds"] = time.perf_counter() - started
     training.window.append(values)
 

@@ -19,8 +19,9 @@ from rpo_kernels import plan as head_plan
 from rpo_kernels.strategy import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
 from trainer.config.fields import RunConfig
 from trainer.console import say
-from trainer.data.batches import Split, Step
+from trainer.data.batches import Split
 from trainer.data.pairs import IGNORE, Sequence
+from trainer.data.steps import Step
 from trainer.model.adapters import add_adapters
 from trainer.model.loading import check_weights, locate_model, named, read_config
 
@@ -86,7 +87,7 @@ def histogram(split: Split) -> str:
 def steps_plan(split: Split, steps: list[Step]) -> str:
     """Steps, their size, and the largest forward pass."""
     pairs = [len(step.indices) for step in steps]
-    tokens = [sum(split.pairs[i].tokens for i in step.indices) for step in steps]
+    tokens = [split.tokens[list(step.indices)].sum() for step in steps]
     passes = [batch for step in steps for ranks in step.micro_batches for batch in ranks]
     largest = max(sum(split.pairs[i].packed_tokens for i in batch) for batch in passes)
     return (

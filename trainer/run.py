@@ -35,11 +35,12 @@ from transformers import PreTrainedTokenizerBase
 from trainer import best, card, checkpoint, console, output, preview
 from trainer.config.fields import RunConfig
 from trainer.config.recipe import parse_config
-from trainer.data.batches import Split, Step, cost, plan_training, regroup, share_prefixes, spread
+from trainer.data.batches import Split, share_prefixes
 from trainer.data.chat import ChatOptions
 from trainer.data.clock import today
 from trainer.data.encoding import encode_rows, use_chat_template
 from trainer.data.sources import read_splits
+from trainer.data.steps import Step, cost, plan_training, regroup, spread
 from trainer.data.truncation import Limits
 from trainer.errors import InputError
 from trainer.loop import Training, evaluate, evaluation_due, evaluation_step, train

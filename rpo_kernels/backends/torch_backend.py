@@ -18,10 +18,10 @@ from torch import Tensor
 from rpo_kernels.losses import LOSSES
 from rpo_kernels.rows import sum_sequences
 from rpo_kernels.spec import (
+    ACCUMULATOR,
     LN2,
     Objective,
     Transform,
-    accumulator_dtype,
     gathered_rows,
     target_entry,
 )
@@ -46,7 +46,7 @@ def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
     """``weight (p, D) @ hidden (n, D)^T -> (p, n)``, float32 or float64; into `out` if it has that
     dtype.
     """
-    dtype = accumulator_dtype(hidden.dtype)
+    dtype = ACCUMULATOR[hidden.dtype]
     if hidden.dtype == dtype:
         return torch.mm(weight, hidden.t(), out=out)
     if hidden.is_cuda:
@@ -87,7 +87,7 @@ def lse_and_target(
     max_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Backend.lse_and_target`: one online pass over vocabulary tiles, within `max_bytes`."""
-    n, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
+    n, dtype = hidden.shape[0], ACCUMULATOR[hidden.dtype]
     shift, sums, target = hidden.new_zeros(3, n, dtype=dtype)
     step, block = _tile_shape(hidden.device, n, max_bytes)
     for i in range(0, n, block):
@@ -125,7 +125,7 @@ def exp_panel(
     max_bytes: int = 2**24,
 ) -> None:
     """`Backend.exp_panel`, tile by tile in place, within `max_bytes`."""
-    n, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
+    n, dtype = hidden.shape[0], ACCUMULATOR[hidden.dtype]
     step, block = _tile_shape(hidden.device, n, max_bytes)
     for i in range(0, n, block):
         rows = slice(i, i + block)
@@ -235,7 +235,7 @@ def target_logits(
     max_bytes: int,
 ) -> Tensor:
     """`Backend.target_logits`, some rows at a time."""
-    found = torch.empty_like(targets, dtype=accumulator_dtype(hidden.dtype))
+    found = torch.empty_like(targets, dtype=ACCUMULATOR[hidden.dtype])
     size = max(1, max_bytes // (2 * hidden.shape[1] * (hidden.itemsize + found.itemsize)))
     for start in range(0, len(targets), size):
         index = targets[start : start + size]

@@ -30,12 +30,12 @@ from torch import Tensor
 
 from rpo_kernels.backends import Backend
 from rpo_kernels.engines import skipping
-from rpo_kernels.engines.matmul import matmul_into
 from rpo_kernels.engines.panel import (
     ALIGN,
     capacity,
     empty_sum,
     fill_panel,
+    matmul_into,
     merge,
     normalized,
     overflowed,
@@ -46,7 +46,7 @@ from rpo_kernels.engines.panel import (
 )
 from rpo_kernels.engines.terms import Saved, terms_of
 from rpo_kernels.rows import Rows, send
-from rpo_kernels.spec import LN2, Head, accumulator_dtype, gathered_rows
+from rpo_kernels.spec import ACCUMULATOR, LN2, Head, gathered_rows
 
 
 def forward(
@@ -56,7 +56,7 @@ def forward(
     (M, D).
     """
     total, width = rows.targets.shape[0], hidden.shape[1]
-    logps = hidden.new_empty(total, dtype=accumulator_dtype(head.dtype))
+    logps = hidden.new_empty(total, dtype=ACCUMULATOR[head.dtype])
     norm = logps.new_empty(total, 2)
     # a quarter of the workspace for the rows' copy, half for the backend's tiles, casts in the rest
     size = max(1, max_bytes // (4 * width * head.dtype.itemsize))
@@ -100,7 +100,7 @@ def forward_skipping(
     total, (vocab, width) = rows.targets.shape[0], head.weight.shape
     room = max(1, capacity(vocab, width, head.dtype.itemsize, max_bytes))
     blocks = skipping.split_rows(edges)
-    logps = hidden.new_empty(total, dtype=accumulator_dtype(head.dtype))
+    logps = hidden.new_empty(total, dtype=ACCUMULATOR[head.dtype])
     norm = logps.new_empty(total, 2)
     keep = torch.empty(len(blocks), vocab, dtype=torch.bool, device=hidden.device)
     mass = logps.new_empty(2, len(blocks))
@@ -193,7 +193,7 @@ def backward(
     """
     need_h, need_w, need_b = needs
     (total, width), vocab = (rows.targets.shape[0], hidden.shape[1]), head.weight.shape[0]
-    acc_dtype = accumulator_dtype(head.dtype)
+    acc_dtype = ACCUMULATOR[head.dtype]
     terms = terms_of(saved, hidden, rows, head)
     n, p = _shape(total, vocab, width, head.dtype.itemsize, max_bytes, hidden.device.type == "cpu")
     d_rows = rows.accumulator(hidden, acc_dtype) if need_h else None
@@ -250,7 +250,7 @@ def backward_skipping(
     than in `backward`: each block gathers entries of its own.
     """
     need_h, need_w, need_b = needs
-    acc = accumulator_dtype(head.dtype)
+    acc = ACCUMULATOR[head.dtype]
     size = gathered_rows(hidden.shape[1], head.dtype.itemsize)
     terms = terms_of(saved, hidden, rows, head)
     d_rows = rows.accumulator(hidden, acc) if need_h else None

@@ -28,17 +28,20 @@ from torch import Tensor
 
 from rpo_kernels.backends import Backend
 from rpo_kernels.engines import skipping
-from rpo_kernels.engines.matmul import matmul_into, row_factors, row_sizes, scale_of
 from rpo_kernels.engines.panel import (
     Panel,
     capacity,
     fill_panel,
+    matmul_into,
     overflowed,
+    row_factors,
+    row_sizes,
+    scale_of,
     starts_exact,
     stride,
 )
 from rpo_kernels.rows import Rows
-from rpo_kernels.spec import Head, Settings, accumulator_dtype
+from rpo_kernels.spec import ACCUMULATOR, Head, Settings
 
 # ``(first, last, logps (n,)) -> (pairs (last - first, k), coef (n,))``: the losses of pairs `first`
 # to `last` from the log-probs of their rows (chosen rows, then rejected), and d loss / d logp of
@@ -88,7 +91,7 @@ class Sum:
 
     def __init__(self, like: Tensor, single: bool, dtype: torch.dtype):
         self.dtype, self.used = like.dtype, False
-        acc = accumulator_dtype(dtype)
+        acc = ACCUMULATOR[dtype]
         self.total = torch.empty_like(like, dtype=like.dtype if single else acc)
 
     def add(self, a: Tensor, b: Tensor, scale: float) -> None:
@@ -141,7 +144,7 @@ class Sweep:
         self.max_bytes, self.exact = settings.max_bytes, exact
         self.needs, self.tolerance = settings.needs, settings.tolerance
         longest = max((sum(stop - start for start, stop in chunk) for chunk in chunks), default=0)
-        self.acc = accumulator_dtype(head.dtype)
+        self.acc = ACCUMULATOR[head.dtype]
         size = head.weight.shape[0] * stride(longest, hidden.device)
         self.buffer = hidden.new_empty(size, dtype=head.dtype)
         self.d_hidden = torch.zeros_like(hidden) if self.needs[0] else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rpo_kernels.backends import Backend
-from rpo_kernels.engines.matmul import row_factors, row_sizes, scale_of
+from rpo_kernels.engines.panel import row_factors, row_sizes, scale_of
 from rpo_kernels.rows import Rows
 from rpo_kernels.spec import Head, Transform, target_entry
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rpo_kernels import checks
-from rpo_kernels.spec import Transform, accumulator_dtype
+from rpo_kernels.spec import ACCUMULATOR, Transform
 
 CPU_TILE, GPU_TILE = 2**19, 2**26  # logits of a tile; a CPU's should stay in its cache
 ROWS = 512  # of a tile
@@ -100,7 +100,7 @@ def vocabulary_statistics(
     dtype = weight.dtype
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-    transform, exact = Transform(logit_scale, logit_softcap), accumulator_dtype(dtype)
+    transform, exact = Transform(logit_scale, logit_softcap), ACCUMULATOR[dtype]
     flat = targets.reshape(-1)
     places = (flat != ignore_index).nonzero()[:, 0]
     rows, tile = hidden.reshape(-1, width), CPU_TILE if device.type == "cpu" else GPU_TILE

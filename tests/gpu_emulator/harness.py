@@ -38,7 +38,7 @@ def gpu(sm: int, **options):
     """
     from rpo_kernels import strategy
     from rpo_kernels.backends import tiles, triton_backend
-    from rpo_kernels.engines import matmul, panel, recompute, streaming
+    from rpo_kernels.engines import panel, recompute, streaming
 
     driver = install(sm, **options)
     family = tiles.cuda_family(sm // 10, sm % 10), driver.device.multiprocessors
@@ -48,8 +48,8 @@ def gpu(sm: int, **options):
         (triton_backend, "supports", supports),
         (strategy, "CPU_WORKSPACE_MB", strategy.GPU_WORKSPACE_MB),
         (recompute, "_shape", lambda *arguments: shape(*arguments[:-1], False)),
-        *((m, "rounds_products", lambda x: False) for m in (matmul, panel)),
-        *((m, "matmul_into", float32_products) for m in (matmul, recompute, streaming)),
+        (panel, "rounds_products", lambda x: False),
+        *((m, "matmul_into", float32_products) for m in (panel, recompute, streaming)),
         *((m, "stride", lambda n, device: -(-n // panel.ALIGN) * panel.ALIGN)
           for m in (panel, recompute, streaming)),
     ]  # fmt: skip

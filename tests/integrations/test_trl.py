@@ -33,8 +33,9 @@ from tests.trainer.tiny import (
     tiny_tokenizer,
     write_jsonl,
 )
-from trainer.data.batches import Split, Step
+from trainer.data.batches import Split
 from trainer.data.pairs import IGNORE, Pair, Sequence
+from trainer.data.steps import Step
 from trainer.loop import run_step
 from trainer.reference.modes import lookup
 

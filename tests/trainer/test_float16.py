@@ -23,7 +23,7 @@ from tests.trainer.tiny import (
     true_step,
 )
 from trainer import checkpoint
-from trainer.data.batches import plan_training
+from trainer.data.steps import plan_training
 from trainer.errors import InputError
 from trainer.loop import Training, mean_row, run_step, take_step
 from trainer.model.loading import check_layers

@@ -5,11 +5,15 @@ import re
 
 import pytest
 
+from tests.trainer.walk import walk
 from trainer.paths import ROOT
 
 FOLDER = ROOT / "trainer"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-BATCH = README.split("## One batch, from file to gradient\n")[1].split("\n## ")[0]
+BATCH, WALK = README.split("## One batch, from file to gradient\n")[1].split(
+    "### The walk of a step\n"
+)
+BATCH, WALK = BATCH.split("\n## ")[0], WALK.split("\n## ")[0]
 STOPS = [x for x in re.findall(r"`(\w+)\.([A-Za-z_.]+)`", BATCH) if x != ("metrics", "jsonl")]
 
 
@@ -21,6 +25,13 @@ def test_the_way_of_a_batch_leads_through_what_exists(module, name):
         path = f"{path}.{attribute}"
         found = getattr(found, attribute, None) or importlib.import_module(path)
     assert callable(found)
+
+
+def test_a_step_walks_through_the_files_that_are_listed():
+    """In this order, and through no more of them, and between them no more often, than it did."""
+    found = walk()
+    assert re.findall(r"\| `([\w/.]+\.py)` \|", WALK) == list(found.functions)
+    assert len(found.functions) < 19 and found.moves < 151
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))

@@ -24,18 +24,18 @@ from tests.trainer.tiny import (
     tiny_tokenizer,
     true_step,
 )
-from trainer.data.batches import (
+from trainer.data.batches import pack
+from trainer.data.pairs import Pair, Sequence
+from trainer.data.steps import (
     ATTENTION_TOKENS,
     Step,
     cost,
     first_visits,
-    pack,
     plan_pass,
     plan_training,
     regroup,
     spread,
 )
-from trainer.data.pairs import Pair, Sequence
 from trainer.errors import InputError
 from trainer.loop import METRICS, check_finite, evaluate, evaluation_step, named, run_step
 from trainer.reference.modes import lookup

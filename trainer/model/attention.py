@@ -28,7 +28,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trainer.data.layout import PairLayout
+from trainer.data.batches import PairLayout
 from trainer.errors import InputError
 
 NAME = "packed_pairs"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +185,7 @@ WAYS: dict[str | None, type[Replicated]] = {None: Replicated, "fsdp2": FSDP2, "z
 
 def way_of(model: nn.Module, accelerator: Accelerator) -> Replicated:
     """The way in which a model was prepared."""
-    if zero3.is_engine(model):
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine):
         return Zero3(model, accelerator)
     return (FSDP2 if isinstance(model, FSDPModule) else Replicated)(model, accelerator)

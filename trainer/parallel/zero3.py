@@ -11,7 +11,6 @@ averaged over ranks, hence the factor in `loop.run_step`. The engine clips and u
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,12 +64,6 @@ def partition(
     )
     engine.set_gradient_accumulation_boundary(True)
     return engine, optimizer
-
-
-def is_engine(model: nn.Module) -> bool:
-    """Whether `partition` made this model."""
-    deepspeed = sys.modules.get("deepspeed")
-    return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config.fields import RunConfig
 from trainer.console import progress, say
-from trainer.data.batches import Batch, Split, Step, first_visits, named_pairs, pack
+from trainer.data.batches import Batch, Split, named_pairs, pack
+from trainer.data.steps import Step, first_visits
 from trainer.errors import InputError
 from trainer.model import adapters
 from trainer.model.fit import check_fit

@@ -17,9 +17,8 @@ from tests.trainer.tiny import (
     tiny_policy,
     tiny_split,
 )
-from trainer.data import layout as layouts
-from trainer.data.batches import pack, share_prefixes
-from trainer.data.layout import PairLayout
+from trainer.data import batches as layouts
+from trainer.data.batches import PairLayout, pack, share_prefixes
 from trainer.data.pairs import IGNORE, Pair, Sequence
 from trainer.errors import InputError
 from trainer.model import attention

@@ -29,7 +29,8 @@ from tests.trainer.tiny import (
 )
 from trainer import run
 from trainer.config.recipe import parse_config
-from trainer.data.batches import Step, pack
+from trainer.data.batches import pack
+from trainer.data.steps import Step
 from trainer.errors import InputError
 from trainer.loop import run_step
 from trainer.model import head

@@ -16,7 +16,7 @@ from tests.trainer.tiny import (
     tiny_policy,
     tiny_split,
 )
-from trainer.data.batches import Step
+from trainer.data.steps import Step
 from trainer.errors import InputError
 from trainer.loop import run_step
 from trainer.model.head import FusedLMHead, fuse_lm_head

@@ -13,7 +13,8 @@ from tests.trainer.tiny import (
     tiny_policy,
     tiny_split,
 )
-from trainer.data.batches import Step, share_prefixes
+from trainer.data.batches import share_prefixes
+from trainer.data.steps import Step
 from trainer.loop import named, run_step
 from trainer.model.probe import check_model
 from trainer.reference.modes import lookup

@@ -21,7 +21,7 @@ from tests.trainer.tiny import (
 )
 from trainer import run
 from trainer.config.recipe import parse_config
-from trainer.data.batches import plan_pass
+from trainer.data.steps import plan_pass
 from trainer.errors import InputError
 from trainer.loop import run_step
 from trainer.model.generate import first_prompts, take_samples

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.trainer.tiny import as_split, shifted_reference, tiny_model, tiny_policy, tiny_split
-from trainer.data.batches import plan_pass
+from trainer.data.steps import plan_pass
 from trainer.loop import run_step
 from trainer.model.probe import check_model
 from trainer.parallel import fsdp2

@@ -25,7 +25,8 @@ from tests.trainer.tiny import (
 )
 from trainer import run
 from trainer.config.recipe import parse_config
-from trainer.data.batches import Step, pack, plan_pass
+from trainer.data.batches import pack
+from trainer.data.steps import Step, plan_pass
 from trainer.loop import run_step
 from trainer.model.backbone import checkpoint_layers
 from trainer.parallel import fsdp2, request, zero3

@@ -31,7 +31,8 @@ from tests.trainer.tiny import (
 )
 from trainer import run
 from trainer.config.recipe import parse_config
-from trainer.data.batches import Step, pack, plan_pass, share_prefixes
+from trainer.data.batches import pack, share_prefixes
+from trainer.data.steps import Step, plan_pass
 from trainer.errors import InputError
 from trainer.reference import cache, modes
 from trainer.reference.cache import ROW, Table, data_key, model_key
