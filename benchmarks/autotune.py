@@ -138,7 +138,9 @@ def trials(key: tuple[str, str], smoke: bool) -> list[Trial]:
     def kept_weight(tile: tiles.Tile) -> Callable[[Case], Tensor]:
         def run(c: Case) -> Tensor:
             out = total(c)
-            triton_sparse.launch_weight(c.values, BLOCK, c.keep, c.scaled, out, 1.0, tile, tiles.SPAN)
+            triton_sparse.launch_weight(
+                c.values, BLOCK, c.keep, c.scaled, out, 1.0, tile, tiles.SPAN
+            )
             return out
 
         return run

@@ -273,8 +273,8 @@ def launch_weight(
     tile: tiles.Tile,
     span: int,
 ) -> None:
-    """``out (V, D) += scale * panel @ scaled`` over at least the entries that each block keeps, `span`
-    blocks a pass.
+    """``out (V, D) += scale * panel @ scaled`` over at least the entries that each block keeps,
+    `span` blocks a pass.
     """
     vocab, width = out.shape
     for first in range(0, keep.shape[0], span):

@@ -1,0 +1,1 @@
+"""Is it right and fast on this machine? ``python -m rpo_kernels.doctor``; see `cli`."""
