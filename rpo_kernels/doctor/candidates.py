@@ -169,8 +169,10 @@ def trials(name: str, device: torch.device, dtype: torch.dtype, rows: int) -> li
     own = current(name, device, dtype)
     if isinstance(own, tuning.Blocks):
         found = [own, *(tuning.Blocks(e, r) for e, r in BLOCKS if device.type == "cpu")]
-        fit = dict.fromkeys(x._replace(rows=min(x.rows, rows)) for x in found)
-        return [Trial(part, x, label_of(x)) for x in fit for part in PARTS]
+        fit: dict[tuple, tuning.Blocks] = {}  # what is the same for so few rows runs once
+        for x in found:
+            fit.setdefault((x.elements, min(x.rows, rows)), x)
+        return [Trial(part, x, label_of(x)) for x in fit.values() for part in PARTS]
     family = tiles.of_device(device)[0]
     given = MATMUL if dtype.itemsize == 2 else SINGLE
     given = SMALL if family == "interpreter" else given
