@@ -208,8 +208,9 @@ def _is_count(value: object, most: int) -> bool:
 
 
 def _tile(field: str, values: object) -> tiles.Tile:
-    fits = isinstance(values, list) and len(values) == len(tiles.Tile._fields)
-    _expect(fits, field, f"{len(tiles.Tile._fields)} values", values)
+    count = len(tiles.Tile._fields)
+    if not isinstance(values, list) or len(values) != count:
+        raise ValueError(f"{field}: expected {count} values, got {values!r}")
     tile = tiles.Tile(*values)
     powers = (*tile[:3], tile.num_warps)
     even = all(_is_count(x, 256) and x & (x - 1) == 0 for x in powers)
@@ -228,7 +229,7 @@ def save(device: torch.device, dtype: torch.dtype, choice: Kernels | Blocks, how
         OSError: the folder cannot be written.
     """
     path, name, kind = file_of(device), device_name(device), type(choice)
-    document = {"format": FORMAT, "device": name, "versions": versions(kind)}
+    document: dict = {"format": FORMAT, "device": name, "versions": versions(kind)}
     document |= {"choices": {}, "measured": {}}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         before = json.loads(path.read_text())

@@ -9,6 +9,7 @@ n rows, D hidden size, V vocabulary, g blocks of rows
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -92,10 +93,12 @@ def make_problem(
     single = dtype == torch.float32 and device.type != "cpu" and tiles.precision() == "tf32"
     operands = TF32 if single else 0.0
     rounded = [torch.finfo(dtype).eps * part for part in (0, *rounded_parts(name, device, dtype))]
-    off = (logit_errors(h, w, b, transform, EPS, max(operands, own)) for own in rounded)
-    placed = [on(device, x) for x in (hidden, weight)]
-    tensors = *placed, None if bias is None else bias.to(device), targets.to(device)
-    return Problem(*tensors, transform, logits, *off)
+    exact, in_sums, in_panel = (
+        logit_errors(h, w, b, transform, EPS, max(operands, own)) for own in rounded
+    )
+    offset = None if bias is None else bias.to(device)
+    placed = on(device, hidden), on(device, weight), offset, targets.to(device)
+    return Problem(*placed, transform, logits, exact, in_sums, in_panel)
 
 
 def on(device: torch.device, matrix: Tensor) -> Tensor:
@@ -128,9 +131,9 @@ def sums(backend: Backend, p: Problem) -> float:
 def slopes(p: Problem) -> tuple[Tensor, Tensor]:
     """``dz/dx (n, V)``, and how far rounding may put it off."""
     slope = p.transform.slope(p.logits)
-    if p.transform.softcap is None:
-        return slope, torch.zeros_like(slope)
     scale, cap = p.transform
+    if cap is None:
+        return slope, torch.zeros_like(slope)
     return slope, scale * (2 * p.in_panel[:, None] / cap + 8 * EPS).expand_as(slope)
 
 
@@ -227,8 +230,8 @@ def kept_products(backend: Backend, p: Problem) -> float:
     d_rows = torch.full(p.hidden.shape, math.nan, device=device)
     d_weight, d_bias = begun.to(device, copy=True), torch.zeros(VOCAB, device=device)
     backend.kept_products(
-        values, BLOCK, keep.to(device), p.weight, scaled, coef.to(device), d_rows, d_weight,
-        d_bias, 0.5,
+        values, BLOCK, keep.to(device), p.weight, scaled, coef.to(device),
+        d_rows=d_rows, d_weight=d_weight, d_bias=d_bias, scale=0.5,
     )  # fmt: skip
     e, w, h, g = (x.cpu().double() for x in (values, p.weight, scaled, coef))
     own = torch.finfo(values.dtype).eps + TF32 * (tiles.precision() == "tf32")
@@ -260,8 +263,8 @@ def tail(backend: Backend, p: Problem) -> float:
     steep = torch.autograd.grad(value.sum(), (c, r), retain_graph=True)
     (value.sum() + weight * sft.sum()).div(pairs).backward()
     most = (total.abs() + refs.abs()).detach()
-    far = most.view(2, -1)
-    limits = loss_limits("sigmoid", *far, beta, 0.0625, 0.0, (value, *steep), torch.float32)
+    far, truth = most.view(2, -1), (value, *steep)
+    limits = loss_limits("sigmoid", far[0], far[1], beta, 0.0625, 0.0, truth, torch.float32)
     others = [2 * EPS * s.abs() for s in (sft, s_c, s_r)] + [4 * EPS * beta * s for s in far]
     table = torch.stack([value, sft, s_c, s_r, beta * c, beta * r], 1).detach()
     each = torch.cat(limits[1:]) / pairs + ROUNDINGS * EPS * weight / pairs
@@ -331,10 +334,10 @@ def findings(
         problem = make_problem(name, device, dtype, WIDTH, transform, with_bias)
         for kernel, run in (KERNELS | (ONCE if not what else {})).items():
             label = f"{kernel} ({what})" if what else kernel
-            yield compare(label, lambda run=run, problem=problem: run(backend, problem))
+            yield compare(label, functools.partial(run, backend, problem))
     for strategy in ("stream", "recompute"):
         label = f"fused_rpo_loss, strategy {strategy}"
-        yield compare(label, lambda s=strategy: whole_loss(name, device, dtype, s))
+        yield compare(label, functools.partial(whole_loss, name, device, dtype, strategy))
 
 
 def compare(label: str, run: Callable[[], float]) -> Finding:

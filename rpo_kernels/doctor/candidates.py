@@ -29,21 +29,26 @@ from rpo_kernels.rows import Rows
 from rpo_kernels.spec import Head, Transform
 
 # (block_n, block_v, block_d, num_warps, num_stages, per_sm, tma)
-MATMUL = [
+MATMUL: list[tuple] = [
     (256, 128, 64, 8, 3, 1, True), (128, 256, 64, 8, 4, 1, True), (128, 256, 64, 8, 3, 1, True),
     (128, 128, 64, 8, 4, 1, True), (128, 128, 64, 4, 3, 2, True), (128, 128, 128, 8, 3, 1, True),
     (256, 128, 64, 8, 4, 1, False), (128, 128, 64, 4, 3, 2, False),
 ]  # fmt: skip
-ROWS = [
+ROWS: list[tuple] = [
     (128, 64, 256, 8, 4), (256, 64, 128, 8, 3), (256, 32, 128, 8, 5), (128, 64, 128, 8, 3, 2),
     (128, 64, 128, 4, 3, 2), (128, 128, 128, 8, 3), (128, 64, 256, 8, 3), (256, 128, 128, 8, 2),
 ]  # fmt: skip
-WEIGHT = [
+WEIGHT: list[tuple] = [
     (64, 128, 256, 8, 3), (64, 256, 128, 8, 4), (64, 128, 128, 8, 3, 2), (64, 128, 128, 4, 3, 2),
     (128, 128, 128, 8, 3), (32, 128, 256, 8, 5), (64, 64, 256, 4, 4), (128, 128, 256, 8, 2),
 ]  # fmt: skip
-SINGLE = [(64, 64, 32, 4, 3, 2), (128, 64, 16, 8, 3), (64, 128, 16, 8, 3), (128, 128, 16, 8, 3)]
-SMALL = [(32, 32, 32, 4, 1)]  # for the interpreter
+SINGLE: list[tuple] = [
+    (64, 64, 32, 4, 3, 2),
+    (128, 64, 16, 8, 3),
+    (64, 128, 16, 8, 3),
+    (128, 128, 16, 8, 3),
+]
+SMALL: list[tuple] = [(32, 32, 32, 4, 1)]  # for the interpreter
 SPANS = (16, 4)
 BLOCKS = [(2**e, r) for r in (1024, 512, 2048, 256) for e in (20, 19, 18)]
 TOLERANCE = 0.003
@@ -86,7 +91,7 @@ class Timing(NamedTuple):
 
     def record(self) -> dict:
         """For a JSON file."""
-        found = {"part": self.trial.part, "label": self.trial.label}
+        found: dict = {"part": self.trial.part, "label": self.trial.label}
         found["choice"] = self.trial.choice._asdict()
         return found | ({"error": self.error} if self.error else {"seconds": self.samples})
 
@@ -139,8 +144,9 @@ def run(part: str, backend: Backend, c: Case) -> Tensor:
     out = torch.zeros(like.shape, device=like.device)
     rows, weight = (out, None) if part == "kept rows" else (None, out)
     backend.kept_products(
-        c.values, skipping.BLOCK, c.keep, c.weight, c.hidden, c.shift, rows, weight, None, 1.0
-    )
+        c.values, skipping.BLOCK, c.keep, c.weight, c.hidden, c.shift,
+        d_rows=rows, d_weight=weight, d_bias=None, scale=1.0,
+    )  # fmt: skip
     return out
 
 

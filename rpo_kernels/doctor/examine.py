@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from rpo_kernels import fused_rpo_loss, tuning
-from rpo_kernels.backends import Backend, choose_backend
+from rpo_kernels.backends import Backend, choose_backend, torch_backend
 from rpo_kernels.doctor import accuracy, candidates, environment
 from rpo_kernels.doctor.timing import interleave, matmuls
 from rpo_kernels.engines.panel import capacity
@@ -75,13 +75,14 @@ class Visit:
                 return None
         try:
             backend = choose_backend(asked, like)
-            name = backend.__name__.rsplit(".", 1)[-1].removesuffix("_backend")
+            name = "torch" if backend is torch_backend else "triton"
             own = candidates.current(name, self.device, self.dtype)
         except (RuntimeError, ValueError) as error:
             self.fail(str(error))
             return None
         path = tuning.file_of(self.device)
-        read = tuning.saved(path, tuning.device_name(self.device), self.dtype, type(own)) == own
+        kind: type = type(own)
+        read = tuning.saved(path, tuning.device_name(self.device), self.dtype, kind) == own
         source = str(path) if read else "default"
         print(f"backend   {name}: {candidates.label_of(own)} ({source})")
         self.record |= {"backend": name, "choice": own._asdict(), "choice_from": source}

@@ -86,7 +86,7 @@ def matmuls(n: int, width: int, vocab: int, dtype: torch.dtype, device: str) -> 
     for v in range(0, vocab, 4096):
         panel[v : v + 4096] = make(min(4096, vocab - v), n)
     dh, dw = torch.empty_like(h), torch.empty_like(w)
-    calls = {
+    calls: dict[str, Callable] = {
         "whole logits": lambda: torch.mm(w, h.t(), out=panel),
         "whole dh": lambda: torch.mm(panel.t(), w, out=dh),
         "whole dw": lambda: torch.mm(panel, h, out=dw),
@@ -96,9 +96,9 @@ def matmuls(n: int, width: int, vocab: int, dtype: torch.dtype, device: str) -> 
         tile = make(step, n)
         part = torch.empty_like(dh)
 
-        def tiles(work: Callable[[slice, int], object]) -> Callable[[], None]:
+        def tiles(work: Callable[[slice, int], object]) -> Callable[[], object]:
             spans = [(v, min(step, vocab - v)) for v in range(0, vocab, step)]
-            return lambda: [work(slice(v, v + p), p) for v, p in spans] and None
+            return lambda: [work(slice(v, v + p), p) for v, p in spans][-1]
 
         calls |= {
             "tiled logits": tiles(lambda s, p: torch.mm(w[s], h.t(), out=tile[:p])),

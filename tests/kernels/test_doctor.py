@@ -78,8 +78,8 @@ def wrong_finish(panel, *args):
     return found
 
 
-def wrong_products(panel, size, keep, *args):
-    ORIGINAL["kept_products"](panel, size, keep.roll(1, 1), *args)
+def wrong_products(panel, size, keep, *args, **more):
+    ORIGINAL["kept_products"](panel, size, keep.roll(1, 1), *args, **more)
 
 
 def wrong_tail(*args):

@@ -6,9 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from rpo_kernels import tuning
-from rpo_kernels.backends import tiles
+from rpo_kernels.backends import tiles, triton_kernels
 from rpo_kernels.backends import triton_backend as backend
-from rpo_kernels.backends import triton_kernels
 from rpo_kernels.doctor import accuracy, candidates
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
