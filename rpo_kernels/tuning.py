@@ -123,11 +123,17 @@ def device_name(device: torch.device) -> str:
 
 def file_of(device: torch.device) -> Path:
     """Where the choices for `device` are kept, whether there are any or not."""
-    if given := os.environ.get(FOLDER):
+    name = device_name(device)
+    return _file(name, *(os.environ.get(x) for x in (FOLDER, "XDG_CACHE_HOME", "HOME")))
+
+
+@functools.cache  # asked before every launch
+def _file(name: str, given: str | None, cache: str | None, home: str | None) -> Path:
+    if given:
         folder = Path(given)
     else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rpo_kernels"
-    return folder / (re.sub(r"[^A-Za-z0-9.]+", "-", device_name(device)).strip("-") + ".json")
+        folder = Path(cache or Path(home or Path.home()) / ".cache") / "rpo_kernels"
+    return folder / (re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-") + ".json")
 
 
 def versions(kind: type[Kernels] | type[Blocks]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from rpo_kernels.doctor import environment
 from rpo_kernels.doctor.examine import Shape, Visit
 from rpo_kernels.plan import DTYPES, read_config
 
-CPU_SHAPE = Shape(1024, 576, 49152)  # SmolLM2's head
+CPU_SHAPE = Shape(512, 576, 49152)  # SmolLM2's head
 GPU_SHAPE = Shape(4096, 2048, 151936)  # Qwen3's
 
 

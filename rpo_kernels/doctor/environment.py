@@ -47,6 +47,12 @@ def cpu_features() -> str:
     return ", ".join(flag for flag in FEATURES if flag in flags)
 
 
+def driver() -> str | None:
+    """Of NVIDIA's GPUs."""
+    found = output_of(*DRIVER)  # a line a GPU
+    return found.splitlines()[0] if found else None
+
+
 def device_record(device: str) -> dict:
     """What a figure depends on: of the "cpu", or of the "cuda" device in use and its host."""
     host = f"{cpu_name()} ({cpu_features()})"
@@ -63,7 +69,7 @@ def device_record(device: str) -> dict:
             "memory_bytes": gpu.total_memory,
             "multiprocessors": gpu.multi_processor_count,
             "capability": f"{gpu.major}.{gpu.minor}",
-            "driver": output_of(*DRIVER),
+            "driver": driver(),
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
         }
@@ -96,11 +102,11 @@ def unusable_gpu() -> str | None:
         reason = "no device is visible"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-    found = output_of(*DRIVER)
-    driver = f" (driver {found.splitlines()[0]})" if found else ""
+    found = driver()
+    where = f" (driver {found})" if found else ""
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     return (
-        f"torch {torch.__version__}, built for {built}, cannot use this machine's GPU{driver}: "
+        f"torch {torch.__version__}, built for {built}, cannot use this machine's GPU{where}: "
         f"{reason}; update the driver, install a torch built for a release that the driver has "
         f"({START}), check CUDA_VISIBLE_DEVICES, or pass --device cpu"
     )

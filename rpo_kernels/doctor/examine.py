@@ -24,6 +24,7 @@ from rpo_kernels.strategy import choose_settings, resolve_strategy
 
 STRATEGIES = ("stream", "recompute")
 ROUNDS = 5
+TILES = {"now": "as it runs now", "fastest": "with the fastest tiles"}
 WORD = 60  # characters of a label
 REASON = 300  # characters of an error that are printed
 
@@ -188,7 +189,7 @@ class Visit:
     ) -> dict[str, list[float]]:
         """Seconds of whole calls and of both parts, in interleaved rounds: with each choice."""
         calls: dict[str, Callable[[], object]] = {}
-        for word, choice in {"now": own, "fastest": best}.items():
+        for word, choice in zip(TILES, (own, best), strict=True):
             if word == "fastest" and best == own:
                 continue
             for strategy in STRATEGIES:
@@ -216,9 +217,8 @@ class Visit:
         for key, times in runs.items():
             if not key.startswith("parts"):
                 strategy, word = key.split(", ")
-                label = f"fused_rpo_loss, {strategy}, {word}" + " (auto)" * (
-                    strategy == self.record["auto"]
-                )
+                auto = ' ("auto")' * (strategy == self.record["auto"])
+                label = f"fused_rpo_loss, {strategy}{auto}, {TILES[word]}"
                 middle, low, high = (f(times) / bare for f in (statistics.median, min, max))
                 print(f"  {label:{WORD}}{middle:6.2f} of all three ({low:.2f} to {high:.2f})")
         gain = best != own and (statistics.median(runs["parts, fastest"]) < min(runs["parts, now"]))
