@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 from rpo_kernels import fused_rpo_loss, oracle
 from rpo_kernels.backends import tiles, torch_backend, triton_sparse
 from rpo_kernels.backends import triton_backend as backend
+from rpo_kernels.spec import accumulator_dtype
 from tests.support import (
     IGNORE,
-    accumulator,
     assert_within_plain_budget,
     assert_within_roundings,
     differentiate,
@@ -64,7 +64,7 @@ def make(n=None, vocab=V, width=D, dtype=torch.float32, size=None, share=0.2, se
 
 def run(panel, keep, weight, scaled, coef, size=None, scale=1.0, how=backend):
     """``d_rows`` from NaN, ``d_weight`` and ``d_bias`` from ones."""
-    (vocab, width), acc = weight.shape, accumulator(panel.dtype)
+    (vocab, width), acc = weight.shape, accumulator_dtype(panel.dtype)
     size = size_of(panel.dtype) if size is None else size
     d_rows = torch.full((panel.shape[1], width), math.nan, dtype=acc, device=DEVICE)
     d_weight = torch.ones(vocab, width, dtype=acc, device=DEVICE)
@@ -104,8 +104,8 @@ def products(panel, keep, weight, scaled, coef, covered, size=None, scale=1.0, d
         d_rows, d_weight = rows.t() @ weight.to(own).to(dtype), more @ scaled.to(dtype)
     return (
         d_rows,
-        1 + scale * d_weight.to(accumulator(dtype)),
-        1 + scale * d_bias.to(accumulator(dtype)),
+        1 + scale * d_weight.to(accumulator_dtype(dtype)),
+        1 + scale * d_bias.to(accumulator_dtype(dtype)),
     )
 
 
