@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import logging
 import os
@@ -142,7 +141,9 @@ def versions(kind: type[Kernels] | type[Blocks]) -> dict[str, str]:
 
     found = {"rpo_kernels": rpo_kernels.__version__, "torch": torch.__version__}
     if kind is Kernels:
-        found["triton"] = importlib.metadata.version("triton")
+        import triton  # not the distribution's: ROCm's has another name
+
+        found["triton"] = triton.__version__
     return found
 
 

@@ -1,7 +1,8 @@
 """Chooses and launches the Hopper kernels of `gluon_kernels`, where a user asks for them.
 
-No GPU has timed them yet, so they run only under ``RPO_KERNELS_HOPPER=gluon``, on compute
-capability 9.0 and for bfloat16 and float16. These keep to `triton_kernels` all the same:
+No GPU has timed them yet, so they run only under ``RPO_KERNELS_HOPPER=gluon``, or where
+`python -m rpo_kernels.doctor --save` found them to be faster: on compute capability 9.0 and for
+bfloat16 and float16. These keep to `triton_kernels` all the same:
 
     float32 operands, and a float32 panel of half-precision operands
     an operand or a panel whose rows do not begin at multiples of 16 bytes: TMA cannot address it

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rpo_kernels import tuning
 from rpo_kernels.backends import tiles, torch_backend
 from tests.support import ROOT
 
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 GPU = torch.device("cuda", 0)
 OWN = tuning.Blocks(4096, 32)
@@ -49,6 +51,7 @@ def test_what_is_saved_runs(folder, caplog):
     assert [file.name for file in folder.iterdir()] == [path.name]  # no partial file is left
 
 
+@needs_triton
 def test_a_gpu_has_its_own_file_and_keeps_what_was_saved_for_other_dtypes():
     default = tuning.kernels(GPU, BF16)
     assert default.tile == tiles.CONFIGS["sm_90", "half"].tile and default.hopper == "triton"
@@ -59,6 +62,7 @@ def test_a_gpu_has_its_own_file_and_keeps_what_was_saved_for_other_dtypes():
     assert tuning.kernels(GPU, BF16) == OWN_KERNELS and tuning.kernels(GPU, F32) == other
 
 
+@needs_triton
 def test_other_versions_are_not_kept_when_saving():
     path = tuning.save(GPU, F32, OWN_KERNELS, {})
     document = json.loads(path.read_text())
@@ -68,6 +72,7 @@ def test_other_versions_are_not_kept_when_saving():
     assert list(json.loads(path.read_text())["choices"]) == ["bfloat16"]
 
 
+@needs_triton
 def test_a_trial_goes_first(monkeypatch):
     from rpo_kernels.backends import gluon_hopper
 
@@ -82,6 +87,7 @@ def test_a_trial_goes_first(monkeypatch):
         assert gluon_hopper.wanted(like)
 
 
+@needs_triton
 def test_the_environment_goes_before_the_file(monkeypatch):
     from rpo_kernels.backends import gluon_hopper
 
@@ -119,6 +125,7 @@ BROKEN = {
 }
 
 
+@needs_triton
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_damaged_or_foreign_file_is_ignored_by_name(how, caplog):
     path = tuning.save(GPU, BF16, OWN_KERNELS, {})
