@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import memory, timing
+from benchmarks import memory
 from benchmarks.cases import Spec, build
 from benchmarks.inputs import IGNORE, Problem, statistics
 from benchmarks.peers import IMPLEMENTATIONS, Implementation, Unavailable, gradients, held_bytes
 from benchmarks.truth import Truth, relative, verdict, within_budget
+from rpo_kernels.doctor import timing
 
 REASON = 400  # characters of an error message that are recorded
 

@@ -8,16 +8,77 @@ before is what one step adds. Prints one JSON object.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from benchmarks.cases import Spec, build
 from benchmarks.environment import ROOT
 from benchmarks.peers import IMPLEMENTATIONS, Implementation, gradients
-from benchmarks.timing import peak_bytes
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def _high_water() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _trim() -> None:
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except OSError:
+        pass
+
+
+def _sampled(call: Callable[[], object]) -> int:
+    """Peak resident size during the call, by a thread that looks every millisecond."""
+    peak, done = [_resident()], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], _resident())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        call()
+    finally:
+        done.set()
+        thread.join()
+    return peak[0]
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> dict:
+    """Peak memory of one call over what was held before it. Run it in a process of its own on
+    CPU, after a warm-up.
+    """
+    _trim()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return {"peak": torch.cuda.max_memory_allocated() - before, "method": "allocator"}
+    before = _resident()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        call()
+        return {"peak": max(0, _high_water() - before), "method": "rss"}
+    except OSError:
+        return {"peak": max(0, _sampled(call) - before), "method": "rss, sampled every ms"}
 
 
 def gradient_bytes(problem, frozen: bool) -> int:

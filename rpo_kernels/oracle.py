@@ -1,6 +1,8 @@
-"""The oracle: log-probs and losses in a few lines of PyTorch on materialized logits, for float64.
+"""The oracle: log-probs and losses in a few lines of PyTorch on materialized logits.
 
-Nothing here imports it: it is what tests measure against, and the formulas without the engines.
+In float64 it is the truth that the tests and the doctor measure against; in another dtype the plain
+expression (logits rounded to it, sums in float32), whose error is a budget. Nothing else imports
+it.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rpo_kernels.spec import ACCUMULATOR
+
 
 def linear_logprobs(
     hidden, weight, targets, *, bias=None, ignore_index=-100, logit_scale=1.0, logit_softcap=None
 ) -> Tensor:
     """Log-probs (...) of targets (...) from the whole matrix of logits (..., V)."""
-    logits = F.linear(hidden, weight, bias) * logit_scale
+    logits = F.linear(hidden, weight, bias).to(ACCUMULATOR[hidden.dtype]) * logit_scale
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
     kept = targets != ignore_index

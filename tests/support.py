@@ -31,13 +31,12 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from rpo_kernels import oracle
+from rpo_kernels.doctor.budgets import logit_errors
 from rpo_kernels.engines.panel import capacity
+from rpo_kernels.spec import ACCUMULATOR, Transform
 
 ROOT = Path(__file__).resolve().parents[1]
 IGNORE = -100
-QUADRATIC = {"ipo", "sppo_hard"}  # losses that are no function of an exponential
-ROUNDINGS = 4  # eps of seven operations one after another: a difference, beta, a sigmoid (two),
-# a factor, a sum and a quotient, each off by half an eps
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -135,7 +134,7 @@ def pairs(
     if not reference_model:
         return made
     noise = 3 * torch.randn(2 * count, generator=make, dtype=torch.float64)
-    return made._replace(ref_logps=(exact_logprobs(made).sum(1) + noise).to(accumulator(dtype)))
+    return made._replace(ref_logps=(exact_logprobs(made).sum(1) + noise).to(ACCUMULATOR[dtype]))
 
 
 def pack(problem: Problem) -> tuple[Problem, Tensor]:
@@ -148,11 +147,6 @@ def pack(problem: Problem) -> tuple[Problem, Tensor]:
     return problem._replace(hidden=hidden, labels=labels), ends.int()
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def exact_logprobs(problem: Problem, **options) -> Tensor:
     """The truth: `oracle.linear_logprobs` in float64."""
     bias = None if problem.bias is None else problem.bias.double()
@@ -161,29 +155,8 @@ def exact_logprobs(problem: Problem, **options) -> Tensor:
     )
 
 
-def plain_logprobs(
-    hidden,
-    weight,
-    targets,
-    *,
-    bias=None,
-    ignore_index=IGNORE,
-    logit_scale=1.0,
-    logit_softcap=None,
-):
-    """The plain same-dtype expression: a matmul in the inputs' dtype, then float32 (float64)."""
-    logits = F.linear(hidden, weight, bias).to(accumulator(hidden.dtype)) * logit_scale
-    if logit_softcap is not None:
-        logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    kept = targets != ignore_index
-    picked = logits.log_softmax(-1).gather(-1, torch.where(kept, targets, 0)[..., None])[..., 0]
-    return torch.where(kept, picked, 0)
-
-
-def plain_rpo_loss(*args, **options) -> Tensor:
-    """`oracle.rpo_loss` on the plain same-dtype log-probs."""
-    with mock.patch.object(oracle, "linear_logprobs", plain_logprobs):
-        return oracle.rpo_loss(*args, **options)
+# the plain expression in the dtype of its inputs; `exact_logprobs` has the truth
+plain_logprobs, plain_rpo_loss = oracle.linear_logprobs, oracle.rpo_loss
 
 
 def loss_of_logps(logps: Tensor, problem: Problem, **options) -> Tensor:
@@ -360,24 +333,6 @@ def loss_bounds(problem: Problem, loss: Callable[[Tensor], Tensor], **heads) -> 
     return bounds | {"out": torch.tensor(value_budget(loss, off, exact))}
 
 
-def loss_limits(
-    name: str, c, r, beta, epsilon, gamma, truth, dtype: torch.dtype, roundings: int = ROUNDINGS
-) -> list:
-    """How far rounding may put a pair's loss and its two slopes, `truth`, off.
-
-    Every intermediate is rounded; the largest sets by how much. An exponential turns that absolute
-    error of its argument into a relative one of its value. Numbers or tensors, c and r as large as
-    whatever they are differences of.
-    """
-    unit = roundings * torch.finfo(dtype).eps
-    size = (1 + beta * (abs(c) + abs(r)) + gamma) / (1 - 2 * epsilon)
-    scales = (size, size * beta, size * beta)
-    if name in QUADRATIC:
-        root = abs(c) + abs(r) + 1 / beta
-        size, scales = 1, (root**2, 2 * root, 2 * root)
-    return [unit * (scale + size * abs(x)) for scale, x in zip(scales, truth, strict=True)]
-
-
 def rounding_bounds(
     problem: Problem,
     upstream: Tensor,
@@ -387,27 +342,24 @@ def rounding_bounds(
 ) -> Result:
     """Elementwise bounds for the error of log-probs and gradients, for any order of summation.
 
-    With ``u`` the rounding of the inputs' dtype and ``u32`` the accumulators', a logit is off by
-
-        off_i = scale * max_v [(D + 4) u32 (|h_i| |w_v| + |b_v|) + u |x_iv|] + 8 u32 max_v |z_iv|,
-
-    a log-prob by twice that plus the sums' own roundings, a probability by the exponential of that.
-    An entry of the gradient sums products of factors that were rounded a few times each.
+    A logit is off by `logit_errors`, a log-prob by twice that plus the sums' own roundings, a
+    probability by the exponential of that. An entry of the gradient sums products of factors that
+    were rounded a few times each.
     """
     p = double(problem)
-    acc = torch.finfo(accumulator(problem.hidden.dtype)).eps
+    acc = torch.finfo(ACCUMULATOR[problem.hidden.dtype]).eps
     own = torch.finfo(problem.hidden.dtype).eps
     kept = (problem.labels != IGNORE).reshape(-1)
     h, g = p.hidden.reshape(-1, p.hidden.shape[-1]), upstream.double().reshape(-1) * kept
-    (rows, width), vocab = h.shape, p.weight.shape[0]
-    offset = torch.zeros(vocab, dtype=torch.float64) if p.bias is None else p.bias
-    x, size = h @ p.weight.T + offset, h.abs() @ p.weight.abs().T + offset.abs()
+    rows, vocab = h.shape[0], p.weight.shape[0]
+    x = h @ p.weight.T + (0 if p.bias is None else p.bias)
     z, slope, bend = x * logit_scale, torch.full_like(x, logit_scale), 0.0
     if logit_softcap is not None:
         z = logit_softcap * torch.tanh(z / logit_softcap)
         slope, bend = logit_scale * (1 - (z / logit_softcap) ** 2), 2 * logit_scale / logit_softcap
     top = z.abs().amax(1)
-    off = logit_scale * ((width + 4) * acc * size + own * x.abs()).amax(1) + 8 * acc * top
+    transform = Transform(logit_scale, logit_softcap)
+    off = logit_errors(h, p.weight, p.bias, transform, acc, own)
     logps = 2 * off + (16 + vocab) * acc * (top + math.log(vocab) + 1)
     prob = z.softmax(1)
     hot = F.one_hot(torch.where(kept, problem.labels.reshape(-1), 0), vocab)

@@ -5,6 +5,7 @@ rpo chat MODEL      talk to a trained model, or to several side by side
 rpo evaluate ...    rewards and KL on held-out pairs, answers, judgments, win rates
 rpo merge FOLDER    an adapter and its base as one model
 rpo plan ...        will it fit in memory, and what does it cost
+rpo doctor ...      are the kernels right and fast on this machine
 
 `rpo COMMAND --help` lists a command's options. On several GPUs:
 accelerate launch --no_python rpo train ...
@@ -25,6 +26,7 @@ COMMANDS = {
     "evaluate": "trainer.evaluate",
     "merge": "trainer.merge",
     "plan": "rpo_kernels.plan",
+    "doctor": "rpo_kernels.doctor.cli",
 }
 
 

@@ -1,7 +1,8 @@
 """Chooses and launches the Hopper kernels of `gluon_kernels`, where a user asks for them.
 
-No GPU has timed them yet, so they run only under ``RPO_KERNELS_HOPPER=gluon``, on compute
-capability 9.0 and for bfloat16 and float16. These keep to `triton_kernels` all the same:
+No GPU has timed them yet, so they run only under ``RPO_KERNELS_HOPPER=gluon``, or where
+`python -m rpo_kernels.doctor --save` found them to be faster: on compute capability 9.0 and for
+bfloat16 and float16. These keep to `triton_kernels` all the same:
 
     float32 operands, and a float32 panel of half-precision operands
     an operand or a panel whose rows do not begin at multiples of 16 bytes: TMA cannot address it
@@ -20,12 +21,13 @@ import torch
 import triton
 from torch import Tensor
 
+from rpo_kernels import tuning
 from rpo_kernels.backends import tiles
 from rpo_kernels.backends.launch import base2_factors, blocks, dense, slope
 from rpo_kernels.spec import Transform
 
 VARIABLE = "RPO_KERNELS_HOPPER"
-CHOICES = ("triton", "gluon")
+CHOICES = tuning.HOPPER
 ROWS, VOCAB, WIDTH = 256, 128, 64  # a tile and its step, half of its rows a consumer's
 PART = 32  # vocabulary entries of a tile that are stored at a time
 STAGES = 4  # slots of 48 KiB; with 32 KiB of buffers for stores 224 of the 227 KiB there are
@@ -34,13 +36,16 @@ STAGES = 4  # slots of 48 KiB; with 32 KiB of buffers for stores 224 of the 227 
 LAG = 2
 
 
-def wanted() -> bool:
-    """Whether the environment asks for the Gluon kernels.
+def wanted(like: Tensor | None = None) -> bool:
+    """Whether the environment asks for the Gluon kernels, or, where it says nothing, what was saved
+    for tensors like `like`.
 
     Raises:
         ValueError: `VARIABLE` is set to something else than `CHOICES`.
     """
     value = os.environ.get(VARIABLE) or "triton"
+    if like is not None and (tuning.is_trial() or not os.environ.get(VARIABLE)):
+        value = tuning.kernels(like.device, like.dtype).hopper
     if value not in CHOICES:
         raise ValueError(
             f"{VARIABLE}: expected one of {', '.join(CHOICES)}, got {value!r}; unset it for the "
@@ -92,14 +97,14 @@ def _addressable(tensor: Tensor) -> bool:
 
 def takes_panel(hidden: Tensor, weight: Tensor, out: Tensor) -> bool:
     """Whether `exp_panel` is to fill ``out (p, n)``; `hidden` (n, D), `weight` (p, D)."""
-    if not wanted() or hidden.dtype.itemsize != 2 or out.dtype != hidden.dtype:
+    if not wanted(hidden) or hidden.dtype.itemsize != 2 or out.dtype != hidden.dtype:
         return False
     return all(_addressable(matrix) for matrix in (hidden, weight, out))
 
 
 def takes_sums(hidden: Tensor, weight: Tensor, transform: Transform) -> bool:
     """Whether `lse_partials` is to run on `hidden` (n, D) and `weight` (V, D)."""
-    if not wanted() or hidden.dtype.itemsize != 2:
+    if not wanted(hidden) or hidden.dtype.itemsize != 2:
         return False
     rising = transform.softcap is not None or transform.scale > 0
     return rising and _addressable(hidden) and _addressable(weight)

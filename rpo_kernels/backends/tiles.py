@@ -5,7 +5,8 @@ step of bf16 takes 1,024 tensor-core cycles an SM and loads 48 KiB through L2, w
 128 load 64 KiB in the same time; four such stages fill the shared memory, and 256 threads hold
 the accumulator in 128 registers each. float32 products are exact FMAs without matrix units
 (except on CDNA), so their tiles are small. `tests/triton/test_compile.py` compiles every entry
-and checks shared memory, spills and matrix instructions; `benchmarks/autotune.py` times candidates.
+and checks shared memory, spills and matrix instructions. `benchmarks/autotune.py` times candidates
+for these defaults, `python -m rpo_kernels.doctor` for one device, whose choice `tuning` keeps.
 
 Key: N rows, V vocabulary, D hidden size.
 """

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from rpo_kernels import tuning
 from rpo_kernels.losses import LOSSES
 from rpo_kernels.rows import sum_sequences
 from rpo_kernels.spec import (
@@ -34,11 +35,18 @@ CPU_ROWS = 1024  # of a tile: matmuls are slow where a tile has few vocabulary e
 GPU_TILE = 2**25  # elements: 128 MiB in fp32
 
 
-def _tile_shape(device: torch.device, n: int, max_bytes: int) -> tuple[int, int]:
-    """Vocabulary entries and rows of a tile."""
-    on_cpu = device.type == "cpu"
-    rows = max(1, min(n, CPU_ROWS if on_cpu else n, max_bytes // (64 * 16)))
-    entries = min(CPU_TILE if on_cpu else GPU_TILE, max_bytes // 16) // rows
+def tile_of(device: torch.device, dtype: torch.dtype) -> tuning.Blocks:
+    """Elements and most rows of a tile: on a CPU those saved for it, if any."""
+    if device.type != "cpu":
+        return tuning.Blocks(GPU_TILE, GPU_TILE)
+    return tuning.blocks(device, dtype, tuning.Blocks(CPU_TILE, CPU_ROWS))
+
+
+def _tile_shape(hidden: Tensor, max_bytes: int) -> tuple[int, int]:
+    """Vocabulary entries and rows of a tile for `hidden` (n, D)."""
+    tile = tile_of(hidden.device, hidden.dtype)
+    rows = max(1, min(hidden.shape[0], tile.rows, max_bytes // (64 * 16)))
+    entries = min(tile.elements, max_bytes // 16) // rows
     return entries // 64 * 64 if entries >= 64 else max(1, entries), rows
 
 
@@ -89,7 +97,7 @@ def lse_and_target(
     """`Backend.lse_and_target`: one online pass over vocabulary tiles, within `max_bytes`."""
     n, dtype = hidden.shape[0], ACCUMULATOR[hidden.dtype]
     shift, sums, target = hidden.new_zeros(3, n, dtype=dtype)
-    step, block = _tile_shape(hidden.device, n, max_bytes)
+    step, block = _tile_shape(hidden, max_bytes)
     for i in range(0, n, block):
         h, t, picked = (x[i : i + block] for x in (hidden, targets, target))
         scratch = hidden.new_empty(step, h.shape[0], dtype=dtype) if hidden.dtype == dtype else None
@@ -126,7 +134,7 @@ def exp_panel(
 ) -> None:
     """`Backend.exp_panel`, tile by tile in place, within `max_bytes`."""
     n, dtype = hidden.shape[0], ACCUMULATOR[hidden.dtype]
-    step, block = _tile_shape(hidden.device, n, max_bytes)
+    step, block = _tile_shape(hidden, max_bytes)
     for i in range(0, n, block):
         rows = slice(i, i + block)
         h, low = hidden[rows], -shift[rows]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rpo_kernels import tuning
 from rpo_kernels.backends import gluon_hopper, tiles
 from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.backends.launch import base2_factors, blocks, dense, on_device, slope
@@ -59,9 +60,8 @@ def supports(hidden: Tensor) -> None:
     gluon_hopper.check(hidden)
 
 
-def _config(hidden: Tensor) -> tiles.Config:
-    family, kind = tiles.of_device(hidden.device)[0], tiles.dtype_class(hidden.dtype.itemsize)
-    return tiles.CONFIGS[family, kind]
+def _config(hidden: Tensor) -> tuning.Kernels:
+    return tuning.kernels(hidden.device, hidden.dtype)
 
 
 def _operands(hidden: Tensor, weight: Tensor, tile: tiles.Tile) -> dict:

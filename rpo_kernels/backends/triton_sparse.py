@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rpo_kernels import tuning
 from rpo_kernels.backends import tiles
 from rpo_kernels.backends.launch import on_device
 from rpo_kernels.backends.triton_kernels import INTERPRETED, _quarters
@@ -270,15 +271,18 @@ def launch_weight(
     out: Tensor,
     scale: float,
     tile: tiles.Tile,
+    span: int,
 ) -> None:
-    """``out (V, D) += scale * panel @ scaled`` over at least the entries that each block keeps."""
+    """``out (V, D) += scale * panel @ scaled`` over at least the entries that each block keeps,
+    `span` blocks a pass.
+    """
     vocab, width = out.shape
-    for first in range(0, keep.shape[0], tiles.SPAN):
-        part = panel[:, first * size : (first + tiles.SPAN) * size]
-        order, walks, counts = plan(keep[first : first + tiles.SPAN], tile.block_v)
+    for first in range(0, keep.shape[0], span):
+        part = panel[:, first * size : (first + span) * size]
+        order, walks, counts = plan(keep[first : first + span], tile.block_v)
         kept_weight[(counts.shape[0] * -(-width // tile.block_d),)](
             panel=part,
-            scaled=scaled[first * size : (first + tiles.SPAN) * size],
+            scaled=scaled[first * size : (first + span) * size],
             order=order,
             walks=walks,
             counts=counts,
@@ -326,13 +330,13 @@ def kept_products(
     """
     if panel.numel() == 0:
         return
-    family = tiles.of_device(panel.device)[0]
-    for_rows, for_weight = tiles.KEPT[family, tiles.dtype_class(panel.dtype.itemsize)]
+    own = tuning.kernels(panel.device, panel.dtype)
     with on_device(panel):
         if d_rows is not None:
-            launch_rows(panel, size, keep, weight, d_rows, for_rows)
+            launch_rows(panel, size, keep, weight, d_rows, own.kept_rows)
         if d_weight is not None:
-            launch_weight(panel, size, keep, scaled, d_weight, scale, for_weight)
+            tile = own.kept_weight
+            launch_weight(panel, size, keep, scaled, d_weight, scale, tile, own.span)
     if d_bias is not None:
         for block, kept in enumerate(keep):
             rows = slice(block * size, (block + 1) * size)

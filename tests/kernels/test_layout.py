@@ -41,8 +41,14 @@ def test_no_module_imports_itself_through_others():
     assert not left
 
 
-def test_the_oracle_is_imported_by_nothing():
-    assert not [name for name, to in GRAPH.items() if "rpo_kernels.oracle" in to]
+def test_the_oracle_is_imported_by_the_doctor_only():
+    found = [name for name, to in GRAPH.items() if "rpo_kernels.oracle" in to]
+    assert found == ["rpo_kernels.doctor.accuracy"]
+
+
+def test_nothing_imports_the_doctor():
+    found = [name for name, to in GRAPH.items() if any(".doctor" in other for other in to)]
+    assert not [name for name in found if ".doctor" not in name]
 
 
 def test_the_backends_do_not_import_each_other():

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpo_kernels import fused_preference_loss, linear_logprobs, ops, oracle
+from rpo_kernels.spec import ACCUMULATOR
 from tests.support import (
     FLOATS,
     IGNORE,
     Problem,
-    accumulator,
     assert_close_bits,
     assert_within_bounds,
     assert_within_plain_budget,
@@ -91,7 +91,7 @@ TRANSFORMS = [
 def test_bias_softcap_and_scale(dtype, bias, options):
     problem = tokens(1, (3, 37), 129, 1031, dtype, bias=bias)
     found, plain, truth = three_ways(problem, **options)
-    assert found["out"].dtype == accumulator(dtype)
+    assert found["out"].dtype == ACCUMULATOR[dtype]
     assert found["hidden"].dtype == found["weight"].dtype == dtype
     assert_within_budget(problem, found, plain, truth, **options)
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpo_kernels import oracle
+from rpo_kernels.doctor.budgets import QUADRATIC, ROUNDINGS, loss_limits
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS, sft_weight, total_terms
 from rpo_kernels.spec import Objective
-from tests.support import QUADRATIC, ROUNDINGS, assert_within_roundings, examples, loss_limits
+from tests.support import assert_within_roundings, examples
 
 LN2 = math.log(2)
 MEANS = {"ipo", "simpo", "orpo"}

@@ -25,6 +25,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 EMULATOR, KERNELS = "gpu_emulator/check_emulator.py", "triton/test_kernels.py"
 SPARSE, ENGINES = "triton/test_sparse.py", "triton/test_engines.py"
 TRAFFIC, GLUON = "gpu_emulator/check_traffic.py", "triton/test_gluon.py"
+DOCTOR = "triton/test_doctor.py"
 # without launches, with a process of its own, or with a shape drawn and so a compilation each
 NEVER = "any_shape or import_needs or cpu_tensors or torch_backend or splits_cover or autotune"
 TAIL = "test_tail or exactly_ln_2 or impossible"  # compiles to the same for every architecture
@@ -33,7 +34,7 @@ AGAIN = "64-torch.float16 or 5-torch.float16 or 576-torch.float16 or (test_tail 
 RUNS = {
     "sm_90, kernels": (90, f"not ({NEVER} or {AGAIN})", EMULATOR, KERNELS, TRAFFIC),
     "sm_90, functions": (90, f"not ({NEVER} or {AGAIN})", SPARSE, ENGINES),
-    "sm_90, Gluon": (90, "", GLUON),
+    "sm_90, Gluon": (90, "", GLUON, DOCTOR),
     "sm_80": (80, f"not ({NEVER} or {TAIL} or float16)", EMULATOR, KERNELS, SPARSE, ENGINES),
     "sm_86": (86, f"float16 and not ({NEVER})", KERNELS, SPARSE, ENGINES),
 }

@@ -16,14 +16,13 @@ pytest.importorskip("triton")
 from rpo_kernels.backends import tiles, torch_backend
 from rpo_kernels.backends import triton_backend as backend
 from rpo_kernels.backends import triton_kernels as kernels
+from rpo_kernels.doctor.budgets import ROUNDINGS, loss_limits
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
 from rpo_kernels.spec import Objective, Transform
 from tests.support import (
-    ROUNDINGS,
     Problem,
     assert_within_roundings,
     gpu_product,
-    loss_limits,
     rounding_bounds,
 )
 

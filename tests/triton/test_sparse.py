@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 from rpo_kernels import fused_rpo_loss, oracle
 from rpo_kernels.backends import tiles, torch_backend, triton_sparse
 from rpo_kernels.backends import triton_backend as backend
+from rpo_kernels.spec import ACCUMULATOR
 from tests.support import (
     IGNORE,
-    accumulator,
     assert_within_plain_budget,
     assert_within_roundings,
     differentiate,
@@ -64,7 +64,7 @@ def make(n=None, vocab=V, width=D, dtype=torch.float32, size=None, share=0.2, se
 
 def run(panel, keep, weight, scaled, coef, size=None, scale=1.0, how=backend):
     """``d_rows`` from NaN, ``d_weight`` and ``d_bias`` from ones."""
-    (vocab, width), acc = weight.shape, accumulator(panel.dtype)
+    (vocab, width), acc = weight.shape, ACCUMULATOR[panel.dtype]
     size = size_of(panel.dtype) if size is None else size
     d_rows = torch.full((panel.shape[1], width), math.nan, dtype=acc, device=DEVICE)
     d_weight = torch.ones(vocab, width, dtype=acc, device=DEVICE)
@@ -104,8 +104,8 @@ def products(panel, keep, weight, scaled, coef, covered, size=None, scale=1.0, d
         d_rows, d_weight = rows.t() @ weight.to(own).to(dtype), more @ scaled.to(dtype)
     return (
         d_rows,
-        1 + scale * d_weight.to(accumulator(dtype)),
-        1 + scale * d_bias.to(accumulator(dtype)),
+        1 + scale * d_weight.to(ACCUMULATOR[dtype]),
+        1 + scale * d_bias.to(ACCUMULATOR[dtype]),
     )
 
 
@@ -281,16 +281,13 @@ def test_loss_with_tolerance(bias):
 def test_autotune_writes_timings_and_winners(tmp_path):
     """The tool that fills `tiles.py`, at toy size; it puts the tiles back."""
     from benchmarks import autotune
+    from rpo_kernels import tuning
 
-    before = dict(tiles.CONFIGS), tiles.SPAN
+    before = tuning.kernels(torch.device("cpu"), torch.bfloat16)
     found = json.loads(autotune.main(["--smoke", "--output_dir", str(tmp_path)]).read_text())
-    assert (dict(tiles.CONFIGS), tiles.SPAN) == before
+    assert tuning.kernels(torch.device("cpu"), torch.bfloat16) == before and not tuning.is_trial()
     assert not [entry for entry in found["timings"] if "error" in entry]
-    assert {"lse_partials", "exp_fused", "kept_rows", "kept_weight"} <= found["winners"][
-        "best"
-    ].keys()
+    parts = {"lse_and_target", "exp_panel", "kept rows", "kept weight"}
+    assert parts <= found["winners"]["best"].keys()
+    assert parts | {"rows dense", "weight gathered"} <= {x["part"] for x in found["timings"]}
     assert len(found["winners"]["tiles.py"]) == 3
-    broken = autotune.measure(
-        autotune.Trial("no", None, None, lambda: None, lambda case: 1 / 0), None, None, "cpu", 1
-    )
-    assert "ZeroDivisionError" in broken["error"]

@@ -1,19 +1,14 @@
-"""Clocks and memory meters: interleaved rounds, the matmul rate of the same shapes, peak memory
-beyond inputs and gradients.
+"""Clocks: interleaved rounds, and the matmul rate of the same shapes.
 
 N response tokens, D hidden, V vocabulary; U = 2 N V D FLOP
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import random
 import statistics
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -21,6 +16,7 @@ TILE = 2**20  # elements of a cache-sized tile of logits
 
 
 def synchronize(device: str) -> None:
+    """Wait for the work on a "cuda" device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -37,6 +33,7 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def summary(samples: list[float]) -> dict:
+    """Median, range and every sample, for a results file."""
     return {
         "median": statistics.median(samples),
         "min": min(samples),
@@ -89,7 +86,7 @@ def matmuls(n: int, width: int, vocab: int, dtype: torch.dtype, device: str) -> 
     for v in range(0, vocab, 4096):
         panel[v : v + 4096] = make(min(4096, vocab - v), n)
     dh, dw = torch.empty_like(h), torch.empty_like(w)
-    calls = {
+    calls: dict[str, Callable] = {
         "whole logits": lambda: torch.mm(w, h.t(), out=panel),
         "whole dh": lambda: torch.mm(panel.t(), w, out=dh),
         "whole dw": lambda: torch.mm(panel, h, out=dw),
@@ -99,9 +96,9 @@ def matmuls(n: int, width: int, vocab: int, dtype: torch.dtype, device: str) -> 
         tile = make(step, n)
         part = torch.empty_like(dh)
 
-        def tiles(work: Callable[[slice, int], object]) -> Callable[[], None]:
+        def tiles(work: Callable[[slice, int], object]) -> Callable[[], object]:
             spans = [(v, min(step, vocab - v)) for v in range(0, vocab, step)]
-            return lambda: [work(slice(v, v + p), p) for v, p in spans] and None
+            return lambda: [work(slice(v, v + p), p) for v, p in spans][-1]
 
         calls |= {
             "tiled logits": tiles(lambda s, p: torch.mm(w[s], h.t(), out=tile[:p])),
@@ -109,60 +106,3 @@ def matmuls(n: int, width: int, vocab: int, dtype: torch.dtype, device: str) -> 
             "tiled dw": tiles(lambda s, p: torch.mm(tile[:p], h, out=dw[s])),
         }
     return calls
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def _high_water() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def _trim() -> None:
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except OSError:
-        pass
-
-
-def _sampled(call: Callable[[], object]) -> int:
-    """Peak resident size during the call, by a thread that looks every millisecond."""
-    peak, done = [_resident()], threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], _resident())
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        call()
-    finally:
-        done.set()
-        thread.join()
-    return peak[0]
-
-
-def peak_bytes(call: Callable[[], object], device: str) -> dict:
-    """Peak memory of one call over what was held before it. Run it in a process of its own on
-    CPU, after a warm-up.
-    """
-    _trim()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return {"peak": torch.cuda.max_memory_allocated() - before, "method": "allocator"}
-    before = _resident()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        call()
-        return {"peak": max(0, _high_water() - before), "method": "rss"}
-    except OSError:
-        return {"peak": max(0, _sampled(call) - before), "method": "rss, sampled every ms"}

@@ -1,0 +1,5 @@
+"""``python -m rpo_kernels.doctor``."""
+
+from rpo_kernels.doctor.cli import main
+
+raise SystemExit(main())
