@@ -1,9 +1,10 @@
 """Whole training steps against TRL: `python -m benchmarks.end_to_end [--steps 6] [--smoke]`.
 
 SmolLM2-135M-Instruct, AdamW, two pairs a step, sequences cut to 512 tokens, DPO plus the token-mean
-SFT term (TRL: ``loss_type=["sigmoid", "sft"]``). Every trainer runs in a process of its own, on the
-same pairs in the same order; the first step, which warms up, is not timed. Losses must agree before
-a time counts (`agrees`). Writes one JSON file to benchmarks/results/.
+SFT term (TRL: ``loss_type=["sigmoid", "sft"]``), on the GPU if there is one. `--model_folder` takes
+another model: a tokenizer and a config.json, weights at random. Every trainer runs in a process of
+its own, on the same pairs in the same order; the first step, which warms up, is not timed. Losses
+must agree before a time counts (`agrees`). Writes one JSON file to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+
+import torch
 
 from benchmarks.environment import ROOT, describe
 from benchmarks.inputs import FALLBACK, PAIRS
@@ -42,23 +45,31 @@ BASE = "TRL, reference precomputed"
 TRL: dict[str, bool] = {BASE: True, "TRL, reference online": False}
 
 
-def prepare(folder: Path, steps: int, smoke: bool) -> None:
+def prepare(
+    folder: Path, steps: int, smoke: bool, pairs: int = PER_STEP, model_folder: Path | None = None
+) -> None:
     """The model as a folder; the pairs as two files: ours, and TRL's in the order of our plan."""
+    import transformers
+
     from trainer.config.recipe import parse_config
     from trainer.data.steps import plan_training
     from trainer.model.loading import load_model, load_tokenizer, locate_model, save_model
 
-    config = parse_config([])  # the default recipe's model
-    place = locate_model(config)
-    tokenizer = load_tokenizer(place, config.gguf_file)
-    tokenizer.chat_template = end_at_end_token(tokenizer.chat_template)
-    if smoke:
-        import transformers
-
+    if model_folder:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+        sizes = transformers.AutoConfig.from_pretrained(model_folder)
+    else:
+        config = parse_config([])  # the default recipe's model
+        place = locate_model(config)
+        tokenizer = load_tokenizer(place, config.gguf_file)
         shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
         sizes = transformers.LlamaConfig(vocab_size=len(tokenizer), **shape, **heads)
-        model = transformers.LlamaForCausalLM(sizes)
+    tokenizer.chat_template = end_at_end_token(tokenizer.chat_template)
+    if smoke or model_folder:
+        transformers.set_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = transformers.AutoModelForCausalLM.from_config(sizes)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
     else:
@@ -70,9 +81,9 @@ def prepare(folder: Path, steps: int, smoke: bool) -> None:
         for row in rows
         if row.get("turn", 1) == 1
         and all(message["content"].strip() for message in row["chosen"] + row["rejected"])
-    ][: PER_STEP * steps]
+    ][: pairs * steps]
     plan = plan_training(
-        len(rows), batch_size=PER_STEP, accumulation=1, ranks=1, epochs=1, max_steps=-1, seed=0
+        len(rows), batch_size=pairs, accumulation=1, ranks=1, epochs=1, max_steps=-1, seed=0
     )
     order = [index for step in plan for index in step.indices]
     for name, indices in (("ours", range(len(rows))), ("trl", order)):
@@ -91,17 +102,21 @@ def end_at_end_token(template: str) -> str:
     return template.replace(old, new.replace("answer", "message['role'] == 'assistant'"))
 
 
-def run_ours(name: str, dtype: str, folder: Path, threads: int) -> tuple[list[float], list[float]]:
+def run_ours(
+    name: str, dtype: str, folder: Path, threads: int, pairs: int, length: int
+) -> tuple[list[float], list[float]]:
     """``(seconds, losses)`` of every step of our trainer."""
     from trainer.config.fields import RunConfig
     from trainer.run import run
 
-    options = {"per_device_train_batch_size": PER_STEP} | OURS[name]
+    options = {"per_device_train_batch_size": pairs} | OURS[name]
+    if "gradient_accumulation_steps" in options:
+        options["gradient_accumulation_steps"] = pairs
     with tempfile.TemporaryDirectory() as output:
         config = RunConfig(
             model_name_or_path=str(folder / "model"),
             train_file=(str(folder / "ours.jsonl"),),
-            max_length=MAX_LENGTH,
+            max_length=length,
             truncation_mode="keep_start",
             beta=BETA,
             eta=1.0,
@@ -120,10 +135,11 @@ def run_ours(name: str, dtype: str, folder: Path, threads: int) -> tuple[list[fl
     return [row["step_seconds"] for row in rows], [row["loss"] for row in rows]
 
 
-def run_trl(name: str, dtype: str, folder: Path, threads: int) -> tuple[list[float], list[float]]:
+def run_trl(
+    name: str, dtype: str, folder: Path, threads: int, pairs: int, length: int
+) -> tuple[list[float], list[float]]:
     """``(seconds, losses)`` of every step of TRL's trainer."""
     import datasets
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
@@ -140,14 +156,14 @@ def run_trl(name: str, dtype: str, folder: Path, threads: int) -> tuple[list[flo
     with tempfile.TemporaryDirectory() as output:
         arguments = DPOConfig(
             output_dir=output,
-            per_device_train_batch_size=PER_STEP,
+            per_device_train_batch_size=pairs,
             num_train_epochs=1,
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             warmup_steps=0,
             weight_decay=0.0,
             max_grad_norm=1.0,
-            max_length=MAX_LENGTH,
+            max_length=length,
             truncation_mode="keep_start",
             beta=BETA,
             loss_type=["sigmoid", "sft"],
@@ -175,24 +191,28 @@ def run_trl(name: str, dtype: str, folder: Path, threads: int) -> tuple[list[flo
     return seconds, [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def measure(name: str, dtype: str, folder: Path, threads: int) -> dict:
+def measure(name: str, dtype: str, folder: Path, threads: int, pairs: int, length: int) -> dict:
     """One trainer in a fresh process: seconds of its steps after the first, losses, peak memory."""
     words = ["--worker", name, "--dtypes", dtype, "--folder", str(folder)]
-    command = [sys.executable, "-m", "benchmarks.end_to_end", *words, "--threads", str(threads)]
+    words += ["--threads", str(threads), "--pairs", str(pairs), "--max_length", str(length)]
+    command = [sys.executable, "-m", "benchmarks.end_to_end", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         return {"status": "failed", "reason": done.stderr.strip()[-400:]}
     found = json.loads(done.stdout.splitlines()[-1])
     timed = found["seconds"][1:]
     found["median_s"] = statistics.median(timed)
-    found["pairs_per_second"] = PER_STEP * len(timed) / sum(timed)
+    found["pairs_per_second"] = pairs * len(timed) / sum(timed)
     return {"status": "ok"} | found
 
 
-def worker(name: str, dtype: str, folder: Path, threads: int) -> None:
+def worker(name: str, dtype: str, folder: Path, threads: int, pairs: int, length: int) -> None:
     """Train, and print the record as the last line."""
-    seconds, losses = (run_ours if name in OURS else run_trl)(name, dtype, folder, threads)
+    run = run_ours if name in OURS else run_trl
+    seconds, losses = run(name, dtype, folder, threads, pairs, length)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
     print(json.dumps({"seconds": seconds, "losses": losses, "peak_bytes": peak}))
 
 
@@ -253,28 +273,37 @@ def main(arguments: list[str] | None = None) -> Path | None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--only", nargs="+", choices=[*TRL, *OURS])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=PER_STEP, help="pairs of a step")
+    parser.add_argument("--max_length", type=int, default=MAX_LENGTH, help="tokens of a sequence")
+    parser.add_argument(
+        "--model_folder", type=Path, help="config.json and a tokenizer; weights at random"
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, two steps")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--worker", choices=[*TRL, *OURS], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     a = parser.parse_args(arguments)
     if a.worker:
-        worker(a.worker, a.dtypes[0], a.folder, a.threads)
+        worker(a.worker, a.dtypes[0], a.folder, a.threads, a.pairs, a.max_length)
         return None
     steps = 3 if a.smoke else a.steps
     if steps < 2:
         parser.error(f"--steps: expected at least 2 (the first is not timed), got {steps}")
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    path = a.output_dir / f"cpu-{stamp}-end_to_end{'-smoke' if a.smoke else ''}.json"
-    document = {"schema": 1, "case": "end_to_end", "smoke": a.smoke, **describe("cpu")}
-    document |= {"settings": {"steps": steps, "pairs": PER_STEP, "max_length": MAX_LENGTH}}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = a.output_dir / f"{device}-{stamp}-end_to_end{'-smoke' if a.smoke else ''}.json"
+    document = {"schema": 1, "case": "end_to_end", "smoke": a.smoke, **describe(device)}
+    document |= {"settings": {"steps": steps, "pairs": a.pairs, "max_length": a.max_length}}
+    if a.model_folder:
+        document["model"] = json.loads((a.model_folder / "config.json").read_text())
     document["runs"] = {}
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), steps, a.smoke)
+        prepare(Path(folder), steps, a.smoke, a.pairs, a.model_folder)
         for dtype in a.dtypes:
             runs = document["runs"][dtype] = {}
             for name in a.only or [*TRL, *OURS]:
-                runs[name] = measure(name, dtype, Path(folder), a.threads)
+                work = name, dtype, Path(folder), a.threads, a.pairs, a.max_length
+                runs[name] = measure(*work)
                 agreement(document["runs"])
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(document, indent=1) + "\n")

@@ -103,10 +103,11 @@ def linear_logprobs(
         grad_tolerance: share of dlogits' L1 mass, for equal upstream gradients, that backward may
             leave out of every block of 256 rows (`rpo_kernels.engines.skipping`); 0 is exact. Above
             0, backward costs 3 s U, s the share of vocabulary entries kept, and takes a float32
-            accumulator for half-precision weights.
-        max_workspace_mb: bound on temporary memory in MiB; default 512 on CPU, 1024 elsewhere. In
-            backward a float32 accumulator for hidden's gradient (N x D) comes on top where hidden
-            is half precision.
+            accumulator for half-precision weights; on GPUs, and where s is too large for that to
+            pay, it is exact.
+        max_workspace_mb: bound on temporary memory in MiB; default a twentieth of a GPU's
+            memory (4 GiB of 80), else 512. In backward a float32 accumulator for hidden's gradient
+            (N x D) comes on top where hidden is half precision.
         backend: "auto" (Triton on GPUs, else torch), "triton" or "torch"; an explicit one runs or
             raises.
 
@@ -208,9 +209,12 @@ def fused_rpo_loss(
         grad_tolerance: share of dlogits' L1 mass, weighted by the loss coefficients, that the
             gradient may leave out (`rpo_kernels.engines.skipping`); 0 is exact. The matmuls of the
             gradient then cost the share of the vocabulary that is kept. `RPOOutput.skipped`
-            certifies what was left out. Recomputing then keeps a mask, a byte per vocabulary entry
-            and block of at most 256 rows of a sequence, and sums dW in float32.
-        max_workspace_mb: bound on temporary memory in MiB; default 512 on CPU, 1024 elsewhere.
+            certifies what was left out. It is leave, not an order: where too much would be kept
+            for that to pay, and where a GPU recomputes, the call is exact and `skipped` 0.
+            Recomputing keeps a mask, a byte per vocabulary entry and block of at most 256 rows of a
+            sequence, and sums dW in float32.
+        max_workspace_mb: bound on temporary memory in MiB; default a twentieth of a GPU's
+            memory (4 GiB of 80), else 512.
         strategy: "recompute" (4U; backward recomputes), "stream" (3U, or 2U if weight is frozen;
             the gradient is made in forward, so backward needs neither weight nor logits) or "auto".
             Streaming a pair whose rows times V exceed the workspace takes two float32 accumulators

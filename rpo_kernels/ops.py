@@ -106,7 +106,10 @@ def _log_probs(hidden, rows, offsets, head, backend, settings):
     *found, kept, mass = recompute.forward_skipping(
         hidden, rows, head, backend, settings.max_bytes, settings.tolerance, offsets
     )
-    keep[: kept.shape[0]] = kept
+    if kept is None:
+        keep[-1] = True  # a row that no block uses: backward is exact
+    else:
+        keep[: kept.shape[0]] = kept
     return *found, keep, mass
 
 
@@ -156,7 +159,7 @@ def linear_logprobs_backward(
     backend, head = choose_backend(settings.backend, hidden), settings.head(weight, bias)
     vocab, ignore_index = weight.shape[0], settings.ignore_index
     saved = Saved(grad, logps, norm)
-    if settings.tolerance:
+    if settings.tolerance and not keep[-1, 0]:
         rows, offsets = keep_rows(targets, vocab, ignore_index, False, cu_seqlens)
         found = recompute.backward_skipping(
             saved, hidden, rows, head, backend, settings.needs, offsets, keep

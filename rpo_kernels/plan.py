@@ -204,7 +204,12 @@ def main(argv: list[str] | None = None, prog: str = "python -m rpo_kernels.plan"
     parser.add_argument("--response", type=int, help="response tokens of a sequence; default all")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--frozen", action="store_true", help="the head gets no gradient (LoRA)")
-    parser.add_argument("--max_workspace_mb", type=float, default=1024)
+    parser.add_argument(
+        "--max_workspace_mb",
+        type=float,
+        default=4096,
+        help="default 4096, that of a GPU with 80 GiB; it has a twentieth of its memory",
+    )
     parser.add_argument("--device_gib", type=float, help="memory left for the head: does it fit?")
     parser.add_argument("--results", type=Path, help="results JSON to scale times from")
     args = parser.parse_args(argv)

@@ -10,6 +10,15 @@ if not torch.cuda.is_available():
 os.environ["RPO_KERNELS_CACHE"] = os.devnull + "/none"  # the defaults run, whatever was saved here
 
 
+@pytest.fixture(autouse=True)
+def skipping_pays(monkeypatch, request):
+    """Small problems keep much: skip all the same, but where a test is about that choice."""
+    if "break_even" not in request.node.name:
+        from rpo_kernels.engines import skipping
+
+        monkeypatch.setattr(skipping, "break_even", lambda panel: 1.0)
+
+
 @pytest.fixture
 def fresh_accelerator():
     """Accelerate keeps the first precision of a process."""

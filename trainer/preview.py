@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from rpo_kernels import plan as head_plan
-from rpo_kernels.strategy import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
+from rpo_kernels.strategy import default_workspace_mb
 from trainer.config.fields import RunConfig
 from trainer.console import say
 from trainer.data.batches import Split
@@ -118,7 +118,7 @@ def memory_plan(config: RunConfig, source: str, split: Split, steps: list[Step])
     passes = [batch for step in steps for ranks in step.micro_batches for batch in ranks if batch]
     heaviest = max(passes, key=lambda batch: sum(trained[i] for i in batch))
     rows = sum(trained[i] for i in heaviest)
-    workspace = GPU_WORKSPACE_MB if torch.cuda.is_available() else CPU_WORKSPACE_MB
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = head_plan.Shape(
         pairs=len(heaviest),
         length=max(split.pairs[i].tokens for i in heaviest),
@@ -127,7 +127,7 @@ def memory_plan(config: RunConfig, source: str, split: Split, steps: list[Step])
         vocab=vocabulary,
         itemsize=head_plan.DTYPES[config.dtype].itemsize,
         frozen=not any(p.requires_grad for p in model.get_output_embeddings().parameters()),
-        max_bytes=int((config.max_workspace_mb or workspace) * 2**20),
+        max_bytes=int((config.max_workspace_mb or default_workspace_mb(device)) * 2**20),
     )
     streaming, recompute = head_plan.streaming(shape), head_plan.recompute(shape)
     gib, mib = head_plan.GIB, 2**20

@@ -6,6 +6,7 @@ bfloat16 and float16. These keep to `triton_kernels` all the same:
 
     float32 operands, and a float32 panel of half-precision operands
     an operand or a panel whose rows do not begin at multiples of 16 bytes: TMA cannot address it
+    a panel of ragged rows whose padding may not be written: TMA stores whole units of 16 bytes
     log-sum-exps under a negative scale: the largest logit is that of the smallest product
 
 Key: n rows, D hidden size, V vocabulary, p panel entries.
@@ -23,12 +24,13 @@ from torch import Tensor
 
 from rpo_kernels import tuning
 from rpo_kernels.backends import tiles
-from rpo_kernels.backends.launch import base2_factors, blocks, dense, slope
+from rpo_kernels.backends.launch import base2_factors, blocks, dense, reach_of, slope
 from rpo_kernels.spec import Transform
 
 VARIABLE = "RPO_KERNELS_HOPPER"
 CHOICES = tuning.HOPPER
 ROWS, VOCAB, WIDTH = 256, 128, 64  # a tile and its step, half of its rows a consumer's
+UNIT = 8  # half-precision elements that TMA stores together
 PART = 32  # vocabulary entries of a tile that are stored at a time
 STAGES = 4  # slots of 48 KiB; with 32 KiB of buffers for stores 224 of the 227 KiB there are
 # slots by which the second consumer follows: of 512 tensor-core cycles each, where an epilogue's
@@ -99,6 +101,8 @@ def takes_panel(hidden: Tensor, weight: Tensor, out: Tensor) -> bool:
     """Whether `exp_panel` is to fill ``out (p, n)``; `hidden` (n, D), `weight` (p, D)."""
     if not wanted(hidden) or hidden.dtype.itemsize != 2 or out.dtype != hidden.dtype:
         return False
+    if out.shape[1] % UNIT and reach_of(out) == out.shape[1]:
+        return False
     return all(_addressable(matrix) for matrix in (hidden, weight, out))
 
 
@@ -160,7 +164,7 @@ def exp_panel(
     part_sum = None if sums is None else hidden.new_empty(splits, n, dtype=torch.float32)
     kernels().exp_fused_hopper[_programs(hidden, splits * blocks(n, ROWS))](
         **_operands(hidden, weight) | base2_factors(transform),
-        out=_described(out, PART, VOCAB),
+        out=_described(out.as_strided((p, reach_of(out)), out.stride()), PART, VOCAB),
         bias=dense(bias),
         shift=dense(shift),
         targets=dense(targets),

@@ -28,6 +28,16 @@ def blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def reach_of(out: Tensor) -> int:
+    """Columns of a panel ``out (p, n)`` that may be written: n, or n rounded up to a multiple of 16
+    if every row of `out` ends there, the last one too.
+    """
+    n, wide = out.shape[1], blocks(out.shape[1], 16) * 16
+    end = (out.storage_offset() + (out.shape[0] - 1) * out.stride(0) + wide) * out.itemsize
+    fits = out.stride(0) == wide and end <= out.untyped_storage().nbytes()
+    return wide if fits else n
+
+
 def slope(transform: Transform) -> float | None:
     """``dz/dx`` at 0, or None where it is 1 everywhere."""
     return None if transform.softcap is None and transform.scale == 1.0 else float(transform.scale)

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rpo_kernels import tuning
 from rpo_kernels.backends import gluon_hopper, tiles
 from rpo_kernels.backends import triton_kernels as kernels
-from rpo_kernels.backends.launch import base2_factors, blocks, dense, on_device, slope
+from rpo_kernels.backends.launch import base2_factors, blocks, dense, on_device, reach_of, slope
 from rpo_kernels.backends.triton_sparse import kept_products
 from rpo_kernels.backends.triton_tail import scale_, tail
 from rpo_kernels.backends.triton_targets import finish_panel, put_targets_, target_logits
@@ -189,16 +189,6 @@ def exp_panel(
     with on_device(hidden):
         panel = (bias, shift, targets, v0, transform, out, sums, target)
         launch(hidden, weight, *panel, config.tile)
-
-
-def reach_of(out: Tensor) -> int:
-    """Columns of a panel ``out (p, n)`` that may be written: n, or n rounded up to a multiple of 16
-    if every row of `out` ends there, the last one too.
-    """
-    n, wide = out.shape[1], blocks(out.shape[1], 16) * 16
-    end = (out.storage_offset() + (out.shape[0] - 1) * out.stride(0) + wide) * out.itemsize
-    fits = out.stride(0) == wide and end <= out.untyped_storage().nbytes()
-    return wide if fits else n
 
 
 def _panel_arguments(

@@ -86,16 +86,16 @@ def forward_skipping(
     max_bytes: int,
     tolerance: float,
     edges: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """As `forward`, and choose what `backward_skipping` may leave out: at most `tolerance` of every
-    block's L1 mass.
+    block's L1 mass. Where the first panel says that this does not pay, the rest is `forward`.
 
     Args:
         edges: row numbers (0 to N) that no block crosses: where `g` changes, if that is known.
 
     Returns:
         ``logps (N,)``, ``norm (N, 2)``, ``keep (blocks, V)`` bool, and ``mass (2, blocks)``:
-        dropped and total.
+        dropped and total; these two None where skipping does not pay.
     """
     total, (vocab, width) = rows.targets.shape[0], head.weight.shape
     room = max(1, capacity(vocab, width, head.dtype.itemsize, max_bytes))
@@ -123,12 +123,19 @@ def forward_skipping(
             panel = fill_panel(hidden, part, head, backend, max_bytes, True, buffer)
         local = [(a - start, b - start) for a, b in blocks[first:last]]
         ones = torch.ones_like(panel.sums)
+        logps[start:stop] = panel.logps
+        norm[start:stop] = torch.stack(normalized(panel.shift, panel.sums), 1)
+        if first == 0 and not skipping.pays(
+            panel.values, panel.sums, part.targets, ones, tolerance
+        ):
+            del panel, buffer
+            rest = rows.subset(torch.arange(stop, total, device=hidden.device))
+            logps[stop:], norm[stop:] = forward(hidden, rest, head, backend, max_bytes)
+            return logps, norm, None, None
         keep[first:last], *found = skipping.choose_entries(
             panel.values, panel.sums, part.targets, ones, tolerance, local, together=False
         )
         mass[:, first:last] = torch.stack(found)
-        logps[start:stop] = panel.logps
-        norm[start:stop] = torch.stack(normalized(panel.shift, panel.sums), 1)
         first = last
     return logps, norm, keep, mass
 

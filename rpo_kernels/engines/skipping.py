@@ -9,6 +9,10 @@ Keep the heaviest (entry, block) combinations until at most ``grad_tolerance`` o
 dropped; an entry that is a target of its block always stays. The matmuls then run on gathered rows
 of W, contiguous along D (`kept_products` of the backends). What is kept is not renormalized: that
 would make the error worse.
+
+A tolerance is leave, not an order. Gathered products are slower than dense ones, so they pay only
+where few combinations are kept: `pays` estimates that share from one entry in `SAMPLE` of the first
+panel of a call, and above `BREAK_EVEN` all of the call runs exactly, with nothing skipped.
 """
 
 from __future__ import annotations
@@ -17,6 +21,13 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # rows that share one choice of vocabulary entries
+SAMPLE = 32  # one vocabulary entry in so many tells whether skipping pays
+# The largest share of combinations kept at which skipping pays. On CPUs `benchmarks/break_even.py`
+# found 0.46 to 0.7, the least where D is small; half precision with matrix units (AMX) never gains,
+# since gathering takes longer than the dense products. On an H100 with 24 % kept the two products
+# took 0.69 (D = 2,048) and 0.63 (D = 4,096) of the dense ones, a part of it fixed, and the choice
+# costs another 0.1 to 0.2: in proportion they meet at about a third.
+CPU_BREAK_EVEN, GPU_BREAK_EVEN = 0.45, 0.3
 STEPS = 18  # bisection steps for the threshold, in log2 of the mass
 
 
@@ -36,6 +47,45 @@ def mask_shape(rows: int, sequences: int, vocab: int, tolerance: float) -> tuple
     before the rows are counted, so with room for the blocks of any rows kept.
     """
     return (rows // BLOCK + sequences + 1, vocab) if tolerance else (0, vocab)
+
+
+def break_even(panel: Tensor) -> float:
+    """The largest kept share of combinations at which skipping pays for a `panel`, 0 for never."""
+    if panel.device.type != "cpu":
+        return GPU_BREAK_EVEN
+    if panel.dtype.itemsize < 4 and torch.cpu._is_amx_tile_supported():
+        return 0.0
+    return CPU_BREAK_EVEN
+
+
+def pays(panel: Tensor, sums: Tensor, targets: Tensor, weights: Tensor, tolerance: float) -> bool:
+    """Whether a panel keeps few enough of its (entry, block) combinations for skipping to pay;
+    waits for the device, unless the answer does not depend on the panel.
+
+    Light entries are what is dropped, and they are many: a sample of entries, with its share of the
+    budget, finds the threshold of all of them. Nothing of the certificate depends on it.
+
+    Args:
+        panel, sums, targets, weights, tolerance: as in `choose_entries`.
+    """
+    most = break_even(panel)
+    if not most or not panel.shape[1]:
+        return False
+    sample = panel[::SAMPLE]
+    share = sample.shape[0] / panel.shape[0]
+    scale = weights / sums
+    largest = weights.amax().clamp(min=1e-37)
+    unscaled = (scale / largest).to(panel.dtype)
+    mass = torch.stack([
+        torch.mv(sample[:, start:stop], unscaled[start:stop]).to(scale.dtype)
+        for start, stop in split_rows([0, panel.shape[1]])
+    ])  # fmt: skip
+    mass = torch.where(mass < 0, 0, mass)  # a block whose heaviest entry is a target's
+    columns = torch.arange(panel.shape[1], device=panel.device)
+    total = -2 * (panel[targets, columns].to(scale.dtype) * scale / largest).sum()
+    budget = (total * (tolerance * share)).view(1)
+    kept = (~(mass <= _threshold(mass.view(1, -1), budget))).double().mean()  # NaN is kept
+    return bool(kept <= most)
 
 
 def choose_entries(
@@ -60,18 +110,19 @@ def choose_entries(
     Returns:
         ``keep (blocks, V)`` bool; ``dropped`` and ``total`` L1 mass, weighted, each (blocks,).
     """
-    scale = weights / sums
-    columns = torch.arange(panel.shape[1], device=panel.device)
+    (vocab, rows), scale = panel.shape, weights / sums
+    columns = torch.arange(rows, device=panel.device)
     on_target = panel[targets, columns].to(scale.dtype) * scale  # negative
     largest = weights.amax().clamp(min=1e-37)
-    mass = scale.new_empty(len(blocks), panel.shape[0])
-    total = scale.new_empty(len(blocks))
+    unscaled = (scale / largest).to(panel.dtype)
+    rounded, place = panel.new_empty(len(blocks), vocab), torch.empty_like(targets)
     for row, (start, stop) in enumerate(blocks):
-        unscaled = (scale[start:stop] / largest).to(panel.dtype)
-        mass[row] = torch.mv(panel[:, start:stop], unscaled)
-        total[row] = mass[row].sum() * largest - 2 * on_target[start:stop].sum()
-        mass[row, targets[start:stop]] = torch.inf  # always kept
-    mass.mul_(largest)
+        torch.mv(panel[:, start:stop], unscaled[start:stop], out=rounded[row])
+        place[start:stop] = row * vocab
+    mass = rounded.to(scale.dtype).mul_(largest)
+    ends = torch.stack([on_target[start:stop].sum() for start, stop in blocks])
+    total = mass.sum(1) - 2 * ends
+    mass.view(-1).index_fill_(0, place + targets, torch.inf)  # always kept
     if panel.dtype.itemsize < 4:
         mass.mul_(1 + 2**-6)  # rounding of half-precision sums must not break the certificate
     finite = torch.where(mass == torch.inf, 0, mass)

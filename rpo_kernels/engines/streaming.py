@@ -14,7 +14,8 @@ which `g` scales later.
 
 With ``grad_tolerance`` the two matmuls run on the vocabulary entries that matter (`skipping`); the
 weights are ``|g|`` where a group is whole, and ones within a side of a split pair, where `g` is
-constant anyway.
+constant anyway. The first panel decides whether that pays (`skipping.pays`); if not, the call is
+exact.
 """
 
 from __future__ import annotations
@@ -143,14 +144,26 @@ class Sweep:
         self.hidden, self.rows, self.head, self.backend = hidden, rows, head, backend
         self.max_bytes, self.exact = settings.max_bytes, exact
         self.needs, self.tolerance = settings.needs, settings.tolerance
+        self.decided = not settings.tolerance
         longest = max((sum(stop - start for start, stop in chunk) for chunk in chunks), default=0)
         self.acc = ACCUMULATOR[head.dtype]
         size = head.weight.shape[0] * stride(longest, hidden.device)
         self.buffer = hidden.new_empty(size, dtype=head.dtype)
         self.d_hidden = torch.zeros_like(hidden) if self.needs[0] else None
-        self.totals = self.new_sums(single=len(chunks) == 1 and not self.tolerance)
+        self.single = len(chunks) == 1
+        self.totals = self.new_sums(self.single and not self.tolerance)
         self.sums: list[Tensor] = []  # of every panel
         self.mass = hidden.new_zeros(2, dtype=self.acc)  # dropped, total
+
+    def decide(self, panel: Panel, coef: Tensor) -> None:
+        """On the first panel with rows: keep to exact products where skipping does not pay."""
+        if self.decided or not coef.numel():
+            return
+        self.decided = True
+        values, sums, targets = panel.values, panel.sums, panel.rows.targets
+        if not skipping.pays(values, sums, targets, coef.abs(), self.tolerance):
+            self.tolerance, self.totals = 0.0, Sums(None, None)  # freed before the next are made
+            self.totals = self.new_sums(self.single)
 
     def new_sums(self, single: bool = False) -> Sums:
         """Empty sums for what needs a gradient."""
@@ -229,6 +242,7 @@ class Sweep:
         panel = self.fill(group.chunks[0])
         pairs, coef = pair_loss(group.first, group.last, panel.logps)
         if any(self.needs):
+            self.decide(panel, coef)
             d_rows = self.matmuls(panel, coef, self.totals)
             self.put_hidden(panel.rows, d_rows, -coef / panel.sums)
         return pairs
@@ -245,6 +259,7 @@ class Sweep:
             d_rows = None
             if any(self.needs):
                 ones = torch.ones_like(panel.logps)
+                self.decide(panel, ones)
                 d_rows = self.matmuls(panel, ones, sides[at >= chosen_rows])
             if d_rows is not None and d_rows.dtype == self.hidden.dtype:
                 self.put_hidden(panel.rows, d_rows, 1 / panel.sums)  # waits there

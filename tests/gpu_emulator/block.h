@@ -262,8 +262,9 @@ static void bar_maybe_complete(Block *B, Mbar *b) {
   }
 }
 
-/* Element e of a copy's box: its place in the tensor, its shared address; whether it is inside. */
-static int box_element(const Tma *t, uint64_t e, uint64_t *place, uint32_t *address) {
+/* Element e of a copy's box: its place in the tensor, its shared address; whether it is inside. Of
+ * the innermost dimension an H100 stores whole units of `unit` bytes: what begins inside is written. */
+static int box_element(const Tma *t, uint64_t e, uint32_t unit, uint64_t *place, uint32_t *address) {
   const TensorMap *m = &t->map;
   uint64_t rest = e;
   int inside = 1;
@@ -271,7 +272,8 @@ static int box_element(const Tma *t, uint64_t e, uint64_t *place, uint32_t *addr
   for (uint32_t d = 0; d < m->rank; d++) {
     int64_t x = (int64_t)t->coords[d] + (int64_t)(rest % m->box[d]);
     rest /= m->box[d];
-    if (x < 0 || (uint64_t)x >= m->shape[d]) inside = 0;
+    uint64_t end = d ? m->shape[d] : (m->shape[0] * m->element + unit - 1) / unit * unit / m->element;
+    if (x < 0 || (uint64_t)x >= end) inside = 0;
     else *place += x * (d ? m->stride[d - 1] : m->element);
   }
   *address = swizzled(t->dst + e * m->element, m->swizzle);
@@ -304,7 +306,7 @@ static void finish_stores(Block *B, int w, int keep) {
     uint32_t size = t->map.element, address, start = t->dst - B->L->shared_base;
     uint64_t place, count = box_elements(&t->map);
     for (uint64_t e = 0; e < count; e++)
-      if (box_element(t, e, &place, &address) && global_access(B, t->ins, w, 0, place, size, 1, size))
+      if (box_element(t, e, 16, &place, &address) && global_access(B, t->ins, w, 0, place, size, 1, size))
         memcpy((void *)place, B->shared + address - B->L->shared_base, size);
     for (uint32_t g = start >> 1; g <= (start + count * size - 1) >> 1; g++) B->storing[g]--;
   }
@@ -323,7 +325,7 @@ static void finish_tma(Block *B, int k) {
   for (uint64_t e = 0; e < boxes; e++) {
     uint64_t source;
     uint32_t at;
-    int inside = box_element(&t, e, &source, &at);
+    int inside = box_element(&t, e, 1, &source, &at);
     at -= B->L->shared_base;
     if (at + m->element > (uint32_t)B->L->shared) { fault(B, F_SHARED_OUTSIDE, t.ins, t.warp, 0, at, 0); continue; }
     if (inside && !global_access(B, t.ins, t.warp, 0, source, m->element, 0, m->element)) inside = 0;

@@ -46,7 +46,7 @@ def gpu(sm: int, **options):
     changes = [
         (tiles, "of_device", lambda device: family),
         (triton_backend, "supports", supports),
-        (strategy, "CPU_WORKSPACE_MB", strategy.GPU_WORKSPACE_MB),
+        (strategy, "CPU_WORKSPACE_MB", 1024),
         (recompute, "_shape", lambda *arguments: shape(*arguments[:-1], False)),
         (panel, "rounds_products", lambda x: False),
         *((m, "matmul_into", float32_products) for m in (panel, recompute, streaming)),

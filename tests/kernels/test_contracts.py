@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rpo_kernels import fused_preference_loss, fused_rpo_loss, linear_logprobs, ops, oracle
 from rpo_kernels.engines import recompute, streaming
-from rpo_kernels.strategy import CPU_WORKSPACE_MB, GPU_WORKSPACE_MB
+from rpo_kernels.strategy import default_workspace_mb
 from tests.support import (
     FLOATS,
     ROOT,
@@ -435,4 +436,10 @@ def test_auto_on_cpu_is_the_torch_backend():
     assert_close_bits(
         differentiate(rpo(backend="auto"), problem), differentiate(rpo(backend="torch"), problem)
     )
-    assert CPU_WORKSPACE_MB == 512 and GPU_WORKSPACE_MB == 1024  # as documented
+
+
+def test_the_default_workspace(monkeypatch):
+    properties = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert default_workspace_mb(torch.device("cpu")) == 512
+    assert default_workspace_mb(torch.device("cuda", 1)) == 4096

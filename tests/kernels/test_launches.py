@@ -29,6 +29,7 @@ from rpo_kernels.backends import (
     triton_targets,
 )
 from rpo_kernels.engines.panel import capacity
+from rpo_kernels.engines.skipping import BLOCK, STEPS
 from rpo_kernels.spec import Objective, Settings
 
 D, V, PAIR = 2048, 151_936, 1024
@@ -167,6 +168,20 @@ def test_exact_calls_wait_twice_whatever_the_number_of_groups(strategy):
     for rows in (2**14, 2**16):
         found = call(rows, strategy)
         assert found.waits == 2, found
+
+
+def test_a_tolerance_waits_once_more():
+    """To learn whether skipping pays; what is kept is chosen without a look at it."""
+    for rows in (2**14, 2**16):
+        found = call(rows, "stream", tolerance=1e-3)
+        assert found.waits == 3, found
+
+
+def test_choosing_takes_few_launches():
+    """Three for every block of 256 rows, nine for every step of a bisection, and the lists."""
+    few, many = (call(rows, "stream", tolerance=1e-3) for rows in (2**14, 2**16))
+    blocks = -(-2048 // BLOCK)
+    assert (many.launches - few.launches) / 24 <= 30 + 3 * blocks + 9 * STEPS + 105
 
 
 def test_a_group_of_pairs_takes_few_launches():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs, oracle
-from rpo_kernels.engines import panel, streaming
+from rpo_kernels.engines import panel, skipping, streaming
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
 from tests.support import (
     IGNORE,
@@ -31,6 +31,7 @@ from tests.support import (
     pairs,
     plain_rpo_loss,
     poisoned_memory,
+    relative_error,
     token_budgets,
     value_budget,
     workspace_for,
@@ -743,3 +744,54 @@ def test_the_certificate_of_skipping(tolerance, strategy, rows):
 def test_without_a_tolerance_nothing_is_skipped(strategy):
     problem = pairs(28)
     assert fused_rpo_loss(*problem[:3], problem.ref_logps, strategy=strategy).skipped == 0
+
+
+@pytest.mark.parametrize("rows", [1000, 64], ids=["together", "in parts"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("most", "skips"), [(0.0, False), (0.05, False), (1.0, True)])
+def test_above_break_even_the_exact_path_runs(most, skips, strategy, rows, monkeypatch):
+    monkeypatch.setattr(skipping, "break_even", lambda panel: most)
+    problem = pairs(31, count=3, length=150, width=48, vocab=1501, bias=True, spread=2.0)
+    if strategy == "recompute":
+        rows = max(rows, 300)  # room for a block
+    options = {"strategy": strategy, "max_workspace_mb": workspace_for(rows, problem)}
+    exact = run(problem, **options)
+    found = run(problem, grad_tolerance=1e-2, **options)
+    leaves = [x.clone().requires_grad_() for x in problem[:2]]
+    out = fused_rpo_loss(
+        *leaves,
+        problem.labels,
+        problem.ref_logps,
+        bias=problem.bias,
+        grad_tolerance=1e-2,
+        **options,
+    )
+    assert (out.skipped > 0) == skips
+    if skips:
+        assert any(not torch.equal(found[name], exact[name]) for name in exact)
+    elif strategy == "stream":  # recomputing, the first panel's log-sum-exps come another way
+        assert all(torch.equal(found[name], exact[name]) for name in exact)
+    else:
+        for name in exact:
+            assert relative_error(found[name], exact[name].double()) < 1e-5, name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_without_gradients_nothing_is_skipped(strategy):
+    problem = pairs(32, spread=4.0)
+    with torch.no_grad():
+        out = fused_rpo_loss(*problem[:3], problem.ref_logps, strategy=strategy, grad_tolerance=0.3)
+    assert out.skipped == 0
+
+
+@pytest.mark.parametrize(("spread", "few"), [(6.0, True), (0.1, False)], ids=["peaked", "flat"])
+def test_break_even_is_estimated_from_a_sample(spread, few, monkeypatch):
+    """The sample's answer agrees with the choice over all entries, well away from the limit."""
+    monkeypatch.setattr(skipping, "break_even", lambda panel: 0.5)
+    g = torch.Generator().manual_seed(0)
+    p = (torch.randn(8192, 300, generator=g) * spread).softmax(0)
+    targets, ones = torch.arange(300), torch.ones(300)
+    p[targets, torch.arange(300)] -= 1
+    args = p, ones, targets, ones, 1e-2
+    keep, _, _ = skipping.choose_entries(*args, skipping.split_rows([0, 300]), together=True)
+    assert skipping.pays(*args) == few == (keep.double().mean().item() <= 0.5)

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 pytest.importorskip("triton")
 
-from rpo_kernels.backends import tiles, torch_backend
+from rpo_kernels.backends import launch, tiles, torch_backend
 from rpo_kernels.backends import triton_backend as backend
 from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.doctor.budgets import ROUNDINGS, loss_limits
@@ -279,7 +279,7 @@ def test_padded_panels_have_the_same_bits(how, dtype, monkeypatch):
     results = []
     for wide, spare, reach in ((80, 0, 80), (80, 9, 70), (70, 0, 70), (96, 0, 70)):
         out, sums = padded(300, 70, wide, spare, dtype), torch.zeros(70, device=DEVICE)
-        assert backend.reach_of(out) == reach
+        assert launch.reach_of(out) == reach
         fill(how, hidden, weight, offset, shift, targets, 0, CAPPED, out, sums)
         results.append((out, sums))
         if reach == 70:
