@@ -3,7 +3,7 @@
 For a panel of the streaming engine the two exact matmuls are timed, the choice of entries, and the
 matmuls on shares of the entries (`kept_products`), interleaved. The break-even is the share at
 which choosing and the matmuls on what is kept take as long as the exact ones: what
-`engines.skipping.BREAK_EVEN` holds for CPUs, rounded down.
+`engines.skipping.CPU_BREAK_EVEN` is at most.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure(n: int, width: int, vocab: int, dtype: torch.dtype, rounds: int) -> 
         skipping.choose_entries(panel, sums, targets, ones, 1e-3, blocks, together=True)
 
     def estimate() -> None:
-        skipping.estimate_kept(panel, sums, targets, ones, 1e-3)
+        skipping.pays(panel, sums, targets, ones, 1e-3, 0.5)
 
     masks = {share: torch.rand(len(blocks), vocab) < share for share in SHARES}
     calls: dict[str, Callable[[], object]] = {

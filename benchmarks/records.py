@@ -13,7 +13,9 @@ def load(folder: Path, smoke: bool = False) -> dict[tuple[str, str], dict]:
     newest: dict[tuple[str, str], dict] = {}
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
-        if found.get("schema") != 1 or found.get("smoke", False) != smoke:
+        if found.get("schema") != 1 or found["case"] not in CASES:
+            continue
+        if found.get("smoke", False) != smoke:
             continue
         key = (found["case"], found["device"]["name"])
         if key not in newest or found["date"] >= newest[key]["date"]:

@@ -18,6 +18,7 @@ from benchmarks.run import RESULTS
 from benchmarks.targets import compare
 from benchmarks.trl_integration import BASE as TRL_BASE
 
+SHORT = ("auto", "recompute", "auto_skip")  # of our ways to run, in README.md
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 
 
@@ -293,11 +294,49 @@ def headline(documents: dict[tuple[str, str], dict]) -> str:
     """README.md's table: time and memory of every implementation as ratios, and whole steps."""
     parts = []
     for (case, _), document in documents.items():
+        if case == "gpu" and document["runs"]:
+            parts.append(_short_gpu(document))
         if case == "table" and document["runs"]:
             parts.append(_short_table(document))
-        if case in ("end_to_end", "trl_integration") and document["runs"]:
+        on_cpu = document["device"]["kind"] == "cpu"
+        if case in ("end_to_end", "trl_integration") and document["runs"] and on_cpu:
             parts.append(_short_steps(document))
     return "\n\n".join(parts) or "No results are recorded yet."
+
+
+def _short_gpu(document: dict) -> str:
+    """Multiples of the bare matmuls, head trained: rows implementations, columns problems."""
+    runs = [
+        run for run in document["runs"]
+        if run["spec"]["timed"] and not run["spec"]["frozen"] and run.get("matmuls")
+    ]  # fmt: skip
+    runs.sort(key=lambda run: (-run["width"], run["tokens"]))
+    rows = []
+    for name, label in _names(runs).items():
+        ours = any(run["results"].get(name, {}).get("ours") for run in runs)
+        found = [median(run, name) for run in runs]
+        if (ours and name not in SHORT) or not any(found):
+            continue
+        cells = [
+            number(ratio(time, run["matmuls"]["whole"]["seconds"])) if time
+            else run["results"].get(name, {}).get("status", "–")
+            for run, time in zip(runs, found, strict=True)
+        ]  # fmt: skip
+        beyond = runs[-1]["results"].get(name, {}).get("memory", {}).get("beyond")
+        memory = number(None if beyond is None else beyond / 2**30, 2)
+        rows.append([f"**{label}**" if ours else label, *cells, memory])
+    bare = ["bare matmuls, ms"]
+    bare += [number(1e3 * run["matmuls"]["whole"]["seconds"]) for run in runs] + ["–"]
+    head = ["forward + backward, × the three bare matmuls"]
+    head += [f"D = {run['width']:,}, {run['tokens']:,} tokens" for run in runs]
+    vocab = {run["width"]: run["vocab"] for run in runs}
+    sizes = ", ".join(f"{v:,} at D = {width:,}" for width, v in vocab.items())
+    about = (
+        f"{document['device']['name']}, {runs[0]['spec']['dtype']}, V = {sizes}; torch "
+        f"{document['versions']['torch']}, {document['date'][:10]}; memory beyond inputs and "
+        f"gradients, last column; `benchmarks/results/{document['file']}`."
+    )
+    return f"{grid([*head, 'GiB'], [bare, *rows])}\n\n{about}"
 
 
 def _short_table(document: dict) -> str:
@@ -400,7 +439,7 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks.plots import draw
 
     for (case, _), document in documents.items():
-        if case not in ("end_to_end", "trl_integration"):
+        if case == "scaling":
             draw(document, a.results / plot_name(document))
     if not a.write:
         print("\n\n".join(texts.values()))

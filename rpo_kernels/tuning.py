@@ -82,7 +82,8 @@ def is_trial() -> bool:
 def default_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The entry of `backends/tiles.py`."""
     key = tiles.of_device(device)[0], tiles.dtype_class(dtype.itemsize)
-    return Kernels(*tiles.CONFIGS[key], *tiles.KEPT[key], tiles.SPAN)
+    config = tiles.CONFIGS[key]
+    return Kernels(config.tile, config.exp_path, *tiles.KEPT[key], tiles.SPAN, config.hopper)
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> Kernels:

@@ -8,6 +8,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
+import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData, try_to_load_from_cache
 
@@ -121,7 +122,8 @@ def versions() -> str:
     found = []
     for name in LIBRARIES:
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            build = torch.__version__ if name == "torch" else importlib.metadata.version(name)
+            found.append(f"{name} {build}")  # torch's own names the CUDA it is built for
         except importlib.metadata.PackageNotFoundError:  # run from a checkout
             pass
     return ", ".join(found)

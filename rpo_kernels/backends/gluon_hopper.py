@@ -1,8 +1,9 @@
-"""Chooses and launches the Hopper kernels of `gluon_kernels`, where a user asks for them.
+"""Chooses and launches the Hopper kernels of `gluon_kernels`.
 
-No GPU has timed them yet, so they run only under ``RPO_KERNELS_HOPPER=gluon``, or where
-`python -m rpo_kernels.doctor --save` found them to be faster: on compute capability 9.0 and for
-bfloat16 and float16. These keep to `triton_kernels` all the same:
+They are the default on compute capability 9.0 for bfloat16 and float16, with a Triton that they
+were tested with. ``RPO_KERNELS_HOPPER=triton`` leaves them out, ``gluon`` insists on them whatever
+Triton there is; `python -m rpo_kernels.doctor --save` keeps what is faster. These keep to
+`triton_kernels` all the same:
 
     float32 operands, and a float32 panel of half-precision operands
     an operand or a panel whose rows do not begin at multiples of 16 bytes: TMA cannot address it
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from types import ModuleType
 
 import torch
@@ -28,6 +30,7 @@ from rpo_kernels.backends.launch import base2_factors, blocks, dense, reach_of, 
 from rpo_kernels.spec import Transform
 
 VARIABLE = "RPO_KERNELS_HOPPER"
+OLDEST, NEWEST = (3, 6), (3, 8)  # releases of Triton
 CHOICES = tuning.HOPPER
 ROWS, VOCAB, WIDTH = 256, 128, 64  # a tile and its step, half of its rows a consumer's
 UNIT = 8  # half-precision elements that TMA stores together
@@ -40,20 +43,27 @@ LAG = 2
 
 def wanted(like: Tensor | None = None) -> bool:
     """Whether the environment asks for the Gluon kernels, or, where it says nothing, what was saved
-    for tensors like `like`.
+    for tensors like `like`, or the default.
 
     Raises:
         ValueError: `VARIABLE` is set to something else than `CHOICES`.
     """
-    value = os.environ.get(VARIABLE) or "triton"
-    if like is not None and (tuning.is_trial() or not os.environ.get(VARIABLE)):
-        value = tuning.kernels(like.device, like.dtype).hopper
-    if value not in CHOICES:
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", *CHOICES):
         raise ValueError(
-            f"{VARIABLE}: expected one of {', '.join(CHOICES)}, got {value!r}; unset it for the "
-            "default, triton"
+            f"{VARIABLE}: expected one of {', '.join(CHOICES)}, got {asked!r}; unset it for the "
+            "device's default"
         )
-    return value == "gluon"
+    if like is None or (asked and not tuning.is_trial()):
+        return asked == "gluon"
+    return tuning.kernels(like.device, like.dtype).hopper == "gluon" and tested()
+
+
+@functools.cache
+def tested() -> bool:
+    """Whether this Triton is one that the kernels were tested with."""
+    found = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:2])
+    return OLDEST <= found <= NEWEST
 
 
 @functools.cache

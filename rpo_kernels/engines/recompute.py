@@ -98,6 +98,9 @@ def forward_skipping(
         dropped and total; these two None where skipping does not pay.
     """
     total, (vocab, width) = rows.targets.shape[0], head.weight.shape
+    most = skipping.break_even(head.weight, head.dtype, total, [True, True])
+    if most <= 0:
+        return *forward(hidden, rows, head, backend, max_bytes), None, None
     room = max(1, capacity(vocab, width, head.dtype.itemsize, max_bytes))
     blocks = skipping.split_rows(edges)
     logps = hidden.new_empty(total, dtype=ACCUMULATOR[head.dtype])
@@ -105,14 +108,12 @@ def forward_skipping(
     keep = torch.empty(len(blocks), vocab, dtype=torch.bool, device=hidden.device)
     mass = logps.new_empty(2, len(blocks))
     size = min(room, total)
-    most = max(
-        1, size // (skipping.BLOCK // 2)
-    )  # `choose_entries` takes 20 bytes an entry and block
+    together = max(1, size // (skipping.BLOCK // 2))  # 20 bytes an entry and block are taken
     buffer = hidden.new_empty(vocab * stride(size, hidden.device), dtype=head.dtype)
     first = 0
     while first < len(blocks):
         start, last = blocks[first][0], first + 1
-        stop = min(first + most, len(blocks))
+        stop = min(first + together, len(blocks))
         while last < stop and blocks[last][1] - start <= size:
             last += 1
         stop = blocks[last - 1][1]
@@ -125,9 +126,8 @@ def forward_skipping(
         ones = torch.ones_like(panel.sums)
         logps[start:stop] = panel.logps
         norm[start:stop] = torch.stack(normalized(panel.shift, panel.sums), 1)
-        if first == 0 and not skipping.pays(
-            panel.values, panel.sums, part.targets, ones, tolerance
-        ):
+        given = panel.values, panel.sums, part.targets, ones, tolerance
+        if first == 0 and not skipping.pays(*given, most):
             del panel, buffer
             rest = rows.subset(torch.arange(stop, total, device=hidden.device))
             logps[stop:], norm[stop:] = forward(hidden, rest, head, backend, max_bytes)

@@ -12,22 +12,25 @@ would make the error worse.
 
 A tolerance is leave, not an order. Gathered products are slower than dense ones, so they pay only
 where few combinations are kept: `pays` estimates that share from one entry in `SAMPLE` of the first
-panel of a call, and above `BREAK_EVEN` all of the call runs exactly, with nothing skipped.
+panel of a call, and above `break_even` all of the call runs exactly, with nothing skipped.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 BLOCK = 256  # rows that share one choice of vocabulary entries
 SAMPLE = 32  # one vocabulary entry in so many tells whether skipping pays
-# The largest share of combinations kept at which skipping pays. On CPUs `benchmarks/break_even.py`
-# found 0.46 to 0.7, the least where D is small; half precision with matrix units (AMX) never gains,
-# since gathering takes longer than the dense products. On an H100 with 24 % kept the two products
-# took 0.69 (D = 2,048) and 0.63 (D = 4,096) of the dense ones, a part of it fixed, and the choice
-# costs another 0.1 to 0.2: in proportion they meet at about a third.
-CPU_BREAK_EVEN, GPU_BREAK_EVEN = 0.45, 0.3
+# `benchmarks/break_even.py` found 0.46 to 0.7 of the combinations on CPUs, the least where D is
+# small. Half precision with matrix units (AMX) never gains: they multiply faster than one gathers.
+CPU_BREAK_EVEN = 0.45
+# On an H100, as shares of the dense products that a call needs: for every share kept; for choosing,
+# which reads a panel, D times cheaper than a product; in FLOP, for launches that nothing hides. Of
+# 14 problems (4k to 64k tokens, D = 2,048 and 4,096, a quarter kept), they get right which gained.
+KEPT_COST, CHOICE_COST, LAUNCHES_COST = 2.2, 700.0, 4.4e12
 STEPS = 18  # bisection steps for the threshold, in log2 of the mass
 
 
@@ -49,28 +52,35 @@ def mask_shape(rows: int, sequences: int, vocab: int, tolerance: float) -> tuple
     return (rows // BLOCK + sequences + 1, vocab) if tolerance else (0, vocab)
 
 
-def break_even(panel: Tensor) -> float:
-    """The largest kept share of combinations at which skipping pays for a `panel`, 0 for never."""
-    if panel.device.type != "cpu":
-        return GPU_BREAK_EVEN
-    if panel.dtype.itemsize < 4 and torch.cpu._is_amx_tile_supported():
-        return 0.0
-    return CPU_BREAK_EVEN
+def break_even(weight: Tensor, dtype: torch.dtype, rows: int, needs: Sequence[bool]) -> float:
+    """The largest share of combinations kept at which skipping pays; 0 or less for never.
+
+    Args:
+        weight: (V, D). dtype: of the matmuls.
+        rows: N of the whole call.
+        needs: whether hidden and weight need a gradient, a product each; what follows is not read.
+    """
+    if weight.device.type == "cpu":
+        units = dtype.itemsize < 4 and torch.cpu._is_amx_tile_supported()
+        return 0.0 if units else CPU_BREAK_EVEN
+    products = 2.0 * rows * weight.numel() * sum(needs[:2])
+    fixed = CHOICE_COST / weight.shape[1] + LAUNCHES_COST / max(products, 1.0)
+    return (1 - fixed) / KEPT_COST
 
 
-def pays(panel: Tensor, sums: Tensor, targets: Tensor, weights: Tensor, tolerance: float) -> bool:
-    """Whether a panel keeps few enough of its (entry, block) combinations for skipping to pay;
-    waits for the device, unless the answer does not depend on the panel.
+def pays(
+    panel: Tensor, sums: Tensor, targets: Tensor, weights: Tensor, tolerance: float, most: float
+) -> bool:
+    """Whether a panel keeps at most the share `most` of its (entry, block) combinations; waits for
+    the device.
 
     Light entries are what is dropped, and they are many: a sample of entries, with its share of the
     budget, finds the threshold of all of them. Nothing of the certificate depends on it.
 
     Args:
-        panel, sums, targets, weights, tolerance: as in `choose_entries`.
+        panel, sums, targets, weights, tolerance: as in `choose_entries`, of at least one row.
+        most: from `break_even`.
     """
-    most = break_even(panel)
-    if not most or not panel.shape[1]:
-        return False
     sample = panel[::SAMPLE]
     share = sample.shape[0] / panel.shape[0]
     scale = weights / sums

@@ -144,7 +144,11 @@ class Sweep:
         self.hidden, self.rows, self.head, self.backend = hidden, rows, head, backend
         self.max_bytes, self.exact = settings.max_bytes, exact
         self.needs, self.tolerance = settings.needs, settings.tolerance
-        self.decided = not settings.tolerance
+        count = rows.targets.shape[0]
+        self.most = skipping.break_even(head.weight, head.dtype, count, settings.needs)
+        if self.most <= 0:
+            self.tolerance = 0.0
+        self.decided = not self.tolerance
         longest = max((sum(stop - start for start, stop in chunk) for chunk in chunks), default=0)
         self.acc = ACCUMULATOR[head.dtype]
         size = head.weight.shape[0] * stride(longest, hidden.device)
@@ -161,7 +165,7 @@ class Sweep:
             return
         self.decided = True
         values, sums, targets = panel.values, panel.sums, panel.rows.targets
-        if not skipping.pays(values, sums, targets, coef.abs(), self.tolerance):
+        if not skipping.pays(values, sums, targets, coef.abs(), self.tolerance, self.most):
             self.tolerance, self.totals = 0.0, Sums(None, None)  # freed before the next are made
             self.totals = self.new_sums(self.single)
 

@@ -54,7 +54,7 @@ def test_what_is_saved_runs(folder, caplog):
 @needs_triton
 def test_a_gpu_has_its_own_file_and_keeps_what_was_saved_for_other_dtypes():
     default = tuning.kernels(GPU, BF16)
-    assert default.tile == tiles.CONFIGS["sm_90", "half"].tile and default.hopper == "triton"
+    assert default.tile == tiles.CONFIGS["sm_90", "half"].tile and default.hopper == "gluon"
     path = tuning.save(GPU, BF16, OWN_KERNELS, {})
     assert path.name == "NVIDIA-H100-80GB-HBM3.json"
     other = tuning.default_kernels(GPU, F32)._replace(span=3)

@@ -290,7 +290,6 @@ def build(family: str, kernel: triton.JITFunction, arguments: dict, label: str) 
 
 def gluon_cases() -> list:
     """The launches of the kernels for Hopper."""
-    os.environ[gluon_hopper.VARIABLE] = "gluon"
     found = []
     for label, *case in (
         ("bf16", torch.bfloat16, D, Transform(), False, N),
@@ -303,6 +302,7 @@ def gluon_cases() -> list:
 
 def main(family: str, oversized: bool, gluon: bool) -> None:
     """Compile everything for one family and print a JSON list."""
+    os.environ[gluon_hopper.VARIABLE] = "gluon" if gluon else "triton"
     gemma, plain = Transform(1.0, 30.0), Transform()
     cases = []
     if gluon:

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 pytest.importorskip("triton")
 
-from rpo_kernels.backends import launch, tiles, torch_backend
+from rpo_kernels.backends import gluon_hopper, launch, tiles, torch_backend
 from rpo_kernels.backends import triton_backend as backend
 from rpo_kernels.backends import triton_kernels as kernels
 from rpo_kernels.doctor.budgets import ROUNDINGS, loss_limits
@@ -46,6 +46,7 @@ def poisoned():
         return wrapped
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(gluon_hopper.VARIABLE, "triton")  # the others have tests of their own
         patch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
         patch.setattr(torch, "empty_like", poison(torch.empty_like))
         yield
