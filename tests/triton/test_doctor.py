@@ -40,7 +40,7 @@ def test_every_path_is_a_candidate_and_right():
 
 def test_a_tile_that_cannot_run_is_left_out():
     own = tuning.kernels(DEVICE, BF16)
-    broken = own._replace(tile=own.tile._replace(block_d=0), exp_path="fused")
+    broken = own._replace(tile=own.tile._replace(block_d=0), exp_path="fused", hopper="triton")
     case = candidates.random_case(20, 72, 150, BF16, DEVICE)
     trial = candidates.Trial("exp_panel", broken, "no tile")
     assert candidates.measure("triton", backend, trial, case, 1).error

@@ -282,13 +282,14 @@ def test_the_order_of_warps_does_not_matter(gluon, two_programs):
 
 def test_what_stays_with_the_other_kernels(monkeypatch):
     """Misaligned or wider operands, a panel whose padding is another's, a negative scale; all of it
-    where nothing is asked for.
+    where that is asked for.
     """
 
     def zeros(*shape):
         return torch.zeros(*shape, dtype=torch.bfloat16, device=DEVICE)
 
     hidden, weight, out = zeros(64, 40), zeros(64, 40), zeros(64, 64)
+    monkeypatch.setenv(gluon_hopper.VARIABLE, "triton")
     assert not gluon_hopper.takes_panel(hidden, weight, out)
     assert not gluon_hopper.takes_sums(hidden, weight, PLAIN)
     monkeypatch.setenv(gluon_hopper.VARIABLE, "gluon")
@@ -321,6 +322,27 @@ def test_the_default(monkeypatch, value):
     monkeypatch.setattr(tiles, "of_device", lambda device: ("sm_80", 108))
     gluon_hopper.check(torch.zeros(1, device=DEVICE))
     assert not gluon_hopper.wanted()
+
+
+@pytest.mark.parametrize(
+    ("family", "version", "takes"),
+    [
+        ("sm_90", "3.6.0", True), ("sm_90", "3.8.1+git", True), ("sm_90", "3.5.2", False),
+        ("sm_90", "3.9.0", False), ("sm_80", "3.7.1", False),
+    ],
+)  # fmt: skip
+def test_hopper_takes_them_unasked_with_a_triton_they_were_tested_with(
+    monkeypatch, family, version, takes
+):
+    monkeypatch.delenv(gluon_hopper.VARIABLE, raising=False)
+    monkeypatch.setattr(tiles, "of_device", lambda device: (family, 132))
+    monkeypatch.setattr(gluon_hopper, "tested", gluon_hopper.tested.__wrapped__)
+    monkeypatch.setattr(gluon_hopper, "triton", SimpleNamespace(__version__=version))
+    half = torch.zeros(64, 64, dtype=torch.bfloat16, device=DEVICE)
+    assert gluon_hopper.takes_panel(half, half, half) == takes
+    assert gluon_hopper.takes_sums(half, half, PLAIN) == takes
+    single = half.float()
+    assert not gluon_hopper.takes_panel(single, single, single)
 
 
 def test_other_devices_are_refused(monkeypatch):
