@@ -267,6 +267,25 @@ def test_planted_mistakes_are_seen(gluon, two_programs, request, label):
 
 
 @launches
+def test_a_store_beyond_a_ragged_end_is_seen(gluon, request, monkeypatch):
+    """TMA writes whole units of 16 bytes: where a panel is said to end inside of one, what lies
+    behind it is overwritten.
+    """
+    if DEVICE.type == "cuda":
+        pytest.skip("a GPU says nothing")
+    from tests.gpu_emulator.check_emulator import take_kinds
+
+    driver = request.getfixturevalue("driver")
+    hidden, weight, _, targets = make(34, 200, 64, torch.bfloat16, False)
+    buffer = torch.full((200, 48), 7, dtype=torch.bfloat16)
+    given = hidden, weight, None, torch.zeros(34), targets, 0, PLAIN, buffer[:, :34], None, None
+    monkeypatch.setattr(gluon_hopper, "reach_of", lambda out: out.shape[1])
+    gluon_hopper.exp_panel(*given)
+    assert any("belong to no tensor argument" in kind for kind in take_kinds(driver))
+    assert (buffer[:, 34:40] != 7).all() and (buffer[:, 40:] == 7).all()
+
+
+@launches
 def test_the_order_of_warps_does_not_matter(gluon, two_programs):
     """The same bits each time; the emulator lets warps run in another order at every launch."""
     hidden, weight, _, targets = make(530, 300, 256, torch.bfloat16, False)
