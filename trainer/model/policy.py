@@ -17,6 +17,7 @@ its name: policy and reference agree at step 0.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import namedtuple
 from collections.abc import Iterator
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rpo_kernels import RPOOutput
+from rpo_kernels import RPOOutput, fused_rpo_loss
 from rpo_kernels.backends import choose_backend
 from trainer.config.fields import RunConfig
 from trainer.data.batches import Batch
@@ -143,11 +144,11 @@ class PreferenceModel(nn.Module):
             num_chosen_tokens: trained tokens of the whole step's chosen responses.
         """
         states, aux = zip(*self._run(batch), strict=True)
-        head = self.language_model.get_output_embeddings()
-        out = head(
-            torch.cat(states), batch.labels, cu_seqlens=batch.cu_seqlens, ref_logps=ref_logps,
+        loss = functools.partial(
+            fused_rpo_loss, labels=batch.labels, cu_seqlens=batch.cu_seqlens, ref_logps=ref_logps,
             num_pairs=num_pairs, num_chosen_tokens=num_chosen_tokens, **self.options,
         )  # fmt: skip
+        out = self.language_model.get_output_embeddings()(torch.cat(states), loss)
         if None in aux:
             return PolicyOutput(*out, None)
         routers = torch.stack(aux).sum() / (2 * num_pairs)

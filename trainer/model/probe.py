@@ -26,7 +26,7 @@ from trainer.model.attention import packs
 from trainer.model.backbone import BROKEN, run_to_head
 from trainer.model.fit import positions, rope_changes
 from trainer.model.generate import pads_exactly
-from trainer.model.head import measure_transform
+from trainer.model.head import check_head
 from trainer.model.policy import PreferenceModel
 from trainer.model.rounding import MARGIN, difference_of, in_float32, last_digits
 
@@ -46,7 +46,7 @@ def check_architecture(model: PreTrainedModel, packing: bool | str) -> str | Non
         InputError: this architecture cannot be trained, or not in packed rows.
     """
     try:
-        measure_transform(model)
+        check_head(model)
     except InputError:
         raise
     except Exception:  # whatever an operation says that does not work without numbers
