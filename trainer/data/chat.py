@@ -18,6 +18,7 @@ import os.path
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -43,7 +44,7 @@ EMPTY_END = re.compile(
 class ChatOptions:
     """What a chat template is told beside the messages."""
 
-    kwargs: Mapping[str, object] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Further variables, such as `enable_thinking`."""
     date: str | None = None
     """The day that its clock shows, as YYYY-MM-DD; None is today."""
@@ -182,12 +183,14 @@ class Chat:
             )
         try:
             with self.clock.ticking():
-                return self.tokenizer.apply_chat_template(
-                    messages, tools=tools, add_generation_prompt=opened, tokenize=False,
-                    **self.options.kwargs,
+                text = self.tokenizer.apply_chat_template(
+                    messages, tools=None if tools is None else [*tools], tokenize=False,
+                    add_generation_prompt=opened, **self.options.kwargs,
                 )  # fmt: skip
         except Exception as error:  # templates raise errors of their own for roles they refuse
             raise BadRow("chat template refuses the messages", f"{error}; {REMEDY}") from None
+        assert isinstance(text, str)  # no ids, as tokenize is False
+        return text
 
     def _after(
         self, prompt: str, before: list[Message], message: Message, tools: list[dict] | None
