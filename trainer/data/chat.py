@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.calls import as_object, as_text, with_arguments
@@ -284,6 +285,17 @@ class Chat:
         except BadRow:  # it wants other messages
             return ""
         return text[len(head) + 1 :] if text.startswith(head + "A") else ""
+
+
+def text_of(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int] | np.ndarray,
+    skip_special_tokens: bool = False,
+) -> str:
+    """The text of one sequence of token ids."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+    assert isinstance(text, str)  # a batch would make a list
+    return text
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
