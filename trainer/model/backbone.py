@@ -114,7 +114,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 
 def _checkpointed(forward: Callable) -> Callable:
-    def run(*args: object, **kwargs: object) -> object:
+    def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)

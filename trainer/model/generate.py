@@ -55,8 +55,11 @@ def sample(
     """
     check_answers(model, prompts, max_new_tokens)
     if not padded and len({*map(len, prompts)}) > 1:
-        how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        alone = [sample(model, tokenizer, [prompt], synced=synced, **how) for prompt in prompts]
+        alone = (
+            sample(model, tokenizer, [prompt], max_new_tokens=max_new_tokens,
+                   temperature=temperature, top_p=top_p, synced=synced)
+            for prompt in prompts
+        )  # fmt: skip
         return [answer for [answer] in alone]
     defaults = model.generation_config
     own = defaults.eos_token_id

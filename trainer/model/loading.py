@@ -337,7 +337,7 @@ def save_model(
     `weights` replaces those of a model that holds only shards of them.
     """
     # peft would look for the base's config on the hub, to find out whether its vocabulary has grown
-    options: dict[str, bool] = {}
+    options: dict[str, Any] = {}
     if isinstance(model, PeftModel):
         options["save_embedding_layers"] = False
     model.save_pretrained(folder, state_dict=weights, **options)

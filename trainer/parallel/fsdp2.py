@@ -13,6 +13,7 @@ autocast's matmuls in bfloat16 there, too. Sums over ranks are float32.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -49,9 +50,8 @@ def shard(model: PreferenceModel, accelerator: Accelerator) -> nn.Module:
     half = accelerator.mixed_precision == "bf16"
     stored, matrices = MixedPrecisionPolicy(), MixedPrecisionPolicy()
     if half:  # inputs stay as autocast has them
-        sums = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
-        stored = MixedPrecisionPolicy(**sums)
-        matrices = MixedPrecisionPolicy(param_dtype=torch.bfloat16, **sums)
+        stored = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        matrices = dataclasses.replace(stored, param_dtype=torch.bfloat16)
     names = model.language_model._no_split_modules or ()
     layers = [module for module in model.modules() if type(module).__name__ in names]
     units = []
