@@ -70,8 +70,11 @@ class Rows(NamedTuple):
 
     def ranges(self, parts: list[tuple[int, int]]) -> Rows:
         """The kept rows ``(start, stop)`` of each of `parts`, in that order: needs `positions`."""
-        found = [[x[start:stop] for start, stop in parts] for x in self]
-        return Rows(*(x[0] if len(x) == 1 else torch.cat(x) for x in found))
+        assert self.positions is not None
+        kept = (self.positions, self.targets)
+        found = ([x[start:stop] for start, stop in parts] for x in kept)
+        positions, targets = (x[0] if len(x) == 1 else torch.cat(x) for x in found)
+        return Rows(positions, targets)
 
     def subset(self, order: Tensor) -> Rows:
         """The kept rows at positions `order` (n,), in that order."""

@@ -146,6 +146,7 @@ def show_samples(samples: list[dict]) -> str:
 
 def push(config: RunConfig, folder: Path) -> None:
     """Upload the model folder to `hub_model_id`, which is created as private if need be."""
+    assert config.hub_model_id is not None
     api = HfApi()
     api.create_repo(config.hub_model_id, private=True, exist_ok=True)
     done = api.upload_folder(repo_id=config.hub_model_id, folder_path=folder)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from trainer import merge
 from trainer.config import options
-from trainer.data.chat import Chat
+from trainer.data.chat import Chat, text_of
 from trainer.data.clock import today
 from trainer.data.encoding import added_end
 from trainer.data.rows import BadRow
@@ -88,7 +88,7 @@ class Speaker:
             self.model, self.tokenizer, [ids], max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature, top_p=sampling.top_p, streamer=streamer,
         )  # fmt: skip
-        self.said.append(self.tokenizer.decode(answer, skip_special_tokens=True).strip())
+        self.said.append(text_of(self.tokenizer, answer, skip_special_tokens=True).strip())
 
     def _prompt(self, system: str | None, asked: list[str]) -> list[int]:
         if not self.tokenizer.chat_template:

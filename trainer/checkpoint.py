@@ -20,11 +20,13 @@ import random
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 import xxhash
 from accelerate import Accelerator
+from torch import Tensor
 
 from trainer.config.fields import RunConfig
 from trainer.console import say
@@ -91,8 +93,34 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     return whole[-1]
 
 
-def read_progress(folder: Path) -> dict[str, object]:
-    """`step`, `rows`, `samples`, `window`, `fingerprint` and `files` of a checkpoint."""
+class Progress(TypedDict):
+    """What a checkpoint holds beside tensors, as JSON."""
+
+    step: int
+    rows: list[dict[str, float]]
+    """Of `metrics.jsonl`."""
+    samples: list[dict[str, Any]]
+    """Of `samples.jsonl`."""
+    window: list[dict[str, float]]
+    """Values of the steps since the last logged row."""
+    fingerprint: dict[str, Any]
+    """What decides every number of the run (`fingerprint`)."""
+    files: dict[str, int]
+    """Their sizes in bytes, by path in the checkpoint."""
+
+
+class RandomState(TypedDict):
+    """Where a process' random generators stand."""
+
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+    torch: Tensor
+    cuda: Tensor | None
+    """None without a GPU."""
+
+
+def read_progress(folder: Path) -> Progress:
+    """What is known of a checkpoint without its tensors."""
     return json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
 
 
@@ -162,7 +190,7 @@ def save(
     torch.save(own, draft / f"rank-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        progress = {
+        progress: Progress = {
             "step": training.step,
             "rows": training.log.rows,
             "samples": training.log.samples,
@@ -260,8 +288,10 @@ def _flush(path: Path) -> None:
     os.close(handle)
 
 
-def _random_state() -> dict[str, object]:
-    name, keys, *rest = np.random.get_state()
+def _random_state() -> RandomState:
+    numpy = np.random.get_state()
+    assert isinstance(numpy, tuple)  # not the dictionary that legacy=False would give
+    name, keys, *rest = numpy
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
@@ -270,7 +300,7 @@ def _random_state() -> dict[str, object]:
     }
 
 
-def _set_random_state(state: dict[str, object]) -> None:
+def _set_random_state(state: RandomState) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

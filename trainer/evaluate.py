@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.config import options
 from trainer.config.values import not_among
@@ -21,7 +21,10 @@ from trainer.data.columns import Columns
 from trainer.errors import InputError
 from trainer.evaluation.options import Generate, Judge, JudgeAnswers, Sampling, Score, WinRate
 
-Part = TypeVar("Part")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Part = TypeVar("Part", bound="DataclassInstance")
 PROG = "python -m trainer.evaluate"
 
 
@@ -91,7 +94,7 @@ def assignments(option: str, words: Iterable[str]) -> dict[str, str]:
     return assigned
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "score": (Score, run_score),
     "generate": (Generate, run_generate),
     "judge": (JudgeAnswers, run_judge),
@@ -110,7 +113,9 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
             raise InputError(f"command: {not_among(name, COMMANDS)}")
         kind, run = COMMANDS[name]
         positional = "files" if kind is WinRate else None
-        parser = options.make_parser(kind, f"{prog} {name}", kind.__doc__, positional=positional)
+        parser = options.make_parser(
+            kind, f"{prog} {name}", kind.__doc__ or "", positional=positional
+        )
         run(options.build(kind, options.read(parser, kind, words)))
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -27,11 +27,6 @@ from trainer.output import RunLog
 from trainer.parallel.ways import way_of
 from trainer.stop import Stopped, StopSignal
 
-try:
-    import resource
-except ModuleNotFoundError:  # Windows
-    resource = None
-
 METRICS = (
     "loss", "loss/dpo", "loss/sft", "loss/aux", "rewards/accuracies", "rewards/margins",
     "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logps/chosen_delta",
@@ -169,7 +164,7 @@ class Training:
     model: nn.Module
     """As `accelerator.prepare` returns it, like the optimizer."""
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: torch.optim.lr_scheduler.LambdaLR
     log: RunLog
     step: int = 0
     """Optimizer steps taken."""
@@ -281,7 +276,7 @@ def take_step(
         values = named(run_step(model, split, step, accelerator, train=True, untrained=untrained))
     except FloatingPointError as error:
         raise FloatingPointError(f"step {training.step + 1}: {error}") from None
-    values["learning_rate"] = training.schedule.get_last_lr()[0]
+    values["learning_rate"] = float(training.schedule.get_last_lr()[0])
     norm = update(training, values["loss"], config.max_grad_norm, accelerator)
     values |= {} if norm is None else {"grad_norm": norm}
     values |= {} if accelerator.scaler is None else {"skipped_steps": float(norm is None)}
@@ -329,7 +324,9 @@ def peak_memory() -> float:
     """Largest memory of this process so far in GiB: of tensors on a GPU, resident on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    if resource is None:
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
         return psutil.Process().memory_info().peak_wset / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ class Adafactor(optimization.Adafactor):
         """`groups`: parameters, and their weight decay."""
         super().__init__(groups, learning_rate, scale_parameter=False, relative_step=False)
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which would round the state to the weights' type."""
         super().load_state_dict(state_dict)
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
@@ -78,7 +79,7 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer
 
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: RunConfig, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+) -> torch.optim.lr_scheduler.LambdaLR:
     """The learning rate over `steps` steps, warm-up included, whose first has none."""
     warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
     if config.min_lr_rate:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ class RunLog:
     def __init__(
         self,
         config: RunConfig,
-        data_report: dict[str, object],
-        earlier: dict[str, list[dict]],
+        data_report: Mapping[str, object],
+        earlier: Mapping[str, Any],
         accelerator: Accelerator,
     ) -> None:
         """Open the folder, and empty it of another run; only the main process writes.
@@ -49,7 +49,7 @@ class RunLog:
         self.accelerator = accelerator
         self.folder = Path(config.output_dir)
         self.rows: list[dict[str, float]] = earlier.get("rows", [])
-        self.samples: list[dict[str, object]] = earlier.get("samples", [])
+        self.samples: list[dict[str, Any]] = earlier.get("samples", [])
         if PartialState().is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
@@ -79,7 +79,7 @@ class RunLog:
 
     def write_samples(self, step: int, samples: list[dict[str, str]]) -> None:
         """Append an evaluation's samples, and show a few."""
-        rows = [{"step": step} | row for row in samples]
+        rows: list[dict[str, Any]] = [{"step": step, **row} for row in samples]
         self.samples += rows
         self._append(SAMPLES_FILE, rows)
         for row in rows[:SHOWN]:

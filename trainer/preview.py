@@ -20,6 +20,7 @@ from rpo_kernels.strategy import default_workspace_mb
 from trainer.config.fields import RunConfig
 from trainer.console import say
 from trainer.data.batches import Split
+from trainer.data.chat import text_of
 from trainer.data.pairs import IGNORE, Sequence
 from trainer.data.steps import Step
 from trainer.model.adapters import add_adapters
@@ -65,7 +66,7 @@ def marked(sequence: Sequence, tokenizer: PreTrainedTokenizerBase) -> str:
     trained = np.concatenate([[False], sequence.labels[:-1] != IGNORE])
     parts = []
     for run in np.split(np.arange(len(trained)), np.flatnonzero(np.diff(trained)) + 1):
-        text = tokenizer.decode(sequence.ids[run])
+        text = text_of(tokenizer, sequence.ids[run])
         parts.append(f"{BEGIN}{text}{END}" if trained[run[0]] else text)
     return "".join(parts)
 
@@ -174,6 +175,7 @@ def second_model_bytes(config: RunConfig, source: str) -> float:
 
 def second_model(config: RunConfig) -> tuple[str, RunConfig]:
     """Where `ref_model_name_or_path` is, and the config that loads it."""
+    assert config.ref_model_name_or_path is not None
     own = replace(config, model_name_or_path=config.ref_model_name_or_path, gguf_file=None)
     return locate_model(own), own
 

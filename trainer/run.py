@@ -7,12 +7,15 @@ python trainer/run.py --help                                      every field
 """
 
 import ctypes
+import math
 import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 # Threads that wait must not spin: on shared cores they would take the time of those at work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -190,7 +193,7 @@ def open_log(
     config: RunConfig, splits: dict[str, Split], resumed: Path | None, accelerator: Accelerator
 ) -> output.RunLog:
     """The output folder, emptied of another run, with the rows of the checkpoint to go on from."""
-    earlier = checkpoint.read_progress(resumed) if resumed else {}
+    earlier: Mapping[str, Any] = checkpoint.read_progress(resumed) if resumed else {}
     reports = {name: split.report for name, split in splits.items()}
     log = output.RunLog(config, reports, earlier, accelerator)
     if accelerator.is_main_process:
@@ -209,7 +212,7 @@ def prepare(
     if config.torch_compile:
         compile_layers(policy)
     if config.use_peft:
-        policy.model = add_adapters(policy.model, config)
+        policy.model = add_adapters(policy.language_model, config)
     return way.prepare(policy, config, make_optimizer, accelerator)
 
 
@@ -245,10 +248,9 @@ def finish(
         save(training, tokenizer, draft, accelerator)
     log.finish(time.perf_counter() - started, kept or None)
     if accelerator.is_main_process:
-        rows, samples = (
-            [row for row in part if not kept or row["step"] <= kept["step"]]
-            for part in (log.rows, log.samples)
-        )
+        last = kept["step"] if kept else math.inf
+        rows = [row for row in log.rows if row["step"] <= last]
+        samples = [row for row in log.samples if row["step"] <= last]
         card.write_card(config, rows, samples, draft)
         shutil.rmtree(log.model_folder, ignore_errors=True)  # of the run that was resumed
         draft.rename(log.model_folder)
@@ -334,7 +336,7 @@ def start(config: RunConfig) -> Accelerator:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(config.cpu_threads or max(1, share))  # torchrun would have one
     set_seed(config.seed)
     return accelerator

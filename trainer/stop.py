@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +27,7 @@ class StopSignal:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.number = accelerator, 0
-        self.before: dict[int, object] = {}
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():

@@ -2,16 +2,13 @@
 
     B pairs, 2B sequences (chosen first), T positions, D hidden size, V vocabulary
 
-    logits = softcap(scale * (hidden @ weight^T + bias)),   softcap(z) = cap * tanh(z / cap)
-
 `fuse_lm_head` puts a `FusedLMHead` with lm_head's own parameters in its place, and a forward over
 the model's own that can end in a function of the last hidden states and the head instead of in
 logits (``at_head``). It runs inside the forward of the module that owns the weight, so the hooks of
 DDP, FSDP, peft and accelerate see it used. Everything else is such a function.
 
-Scale and softcap, what a model does to lm_head's output, are measured: its forward is run on chosen
-"outputs" of lm_head, in place of backbone and head. So no weight is touched, no list of
-architectures is needed, and a model that does something else is refused instead of trained wrongly.
+Scale and softcap, what a model does to lm_head's output, are measured (`head.measure_transform`),
+here with stand-ins for backbone and lm_head, so that no weight is touched.
 """
 
 from __future__ import annotations
@@ -29,44 +26,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutput
 
 from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs
+from rpo_kernels.integrations.head import (
+    TOKENS,
+    FusedLMHead,
+    HeadError,
+    HeadFunction,
+    measure_transform,
+    output_layer,
+    replace_head,
+)
 
 IGNORE = -100
-HeadFunction = Callable[..., Any]
-"""``(hidden (..., D), weight (V, D), *, bias, logit_scale, logit_softcap) -> anything``, such as a
-`functools.partial` of a function of `rpo_kernels` with its labels."""
-
-
-class FusedLMHead(nn.Linear):
-    """An output layer (V, D) that can also run a function of its inputs and weight, without logits.
-
-    It holds lm_head's own parameters under their own names, so generation, saving, tying and peft
-    see an ordinary Linear.
-    """
-
-    def __init__(self, head: nn.Linear, logit_scale: float, logit_softcap: float | None) -> None:
-        """Take over `head`'s parameters; scale, softcap: what the model does to its logits."""
-        super().__init__(
-            head.in_features, head.out_features, bias=head.bias is not None, device="meta"
-        )
-        self.weight, self.bias = head.weight, head.bias
-        self.logit_scale, self.logit_softcap = logit_scale, logit_softcap
-        self.train(head.training)
-
-    def forward(self, hidden: Tensor, function: HeadFunction | None = None) -> Any:
-        """``function(hidden, weight, bias=, logit_scale=, logit_softcap=)``; without a function,
-        lm_head's output (..., V).
-        """
-        if function is None:
-            return super().forward(hidden)
-        return function(hidden, self.weight, **self.transform())
-
-    def transform(self) -> dict[str, Any]:
-        """Bias, scale and softcap, as `rpo_kernels` takes them."""
-        return {
-            "bias": self.bias,
-            "logit_scale": self.logit_scale,
-            "logit_softcap": self.logit_softcap,
-        }
 
 
 def fuse_lm_head(model: PreTrainedModel) -> PreTrainedModel:
@@ -88,18 +58,14 @@ def fuse_lm_head(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the output layer is not a plain Linear, or the forward does more to hidden
             states and logits than scale and softcap; the message says what.
     """
-    name, head = type(model).__name__, model.get_output_embeddings()
-    if isinstance(head, FusedLMHead):
+    if isinstance(model.get_output_embeddings(), FusedLMHead):
         return model
-    if type(head) is not nn.Linear:
-        raise ValueError(
-            f"{name}: expected an output layer of type Linear, got {type(head).__name__}"
-            " (a quantized or adapted lm_head has no weight to compute with)"
-        )
+    head = output_layer(model)
     if backbone_of(model) is model:
-        raise ValueError(f"{name}: expected a backbone at model.base_model or model.model")
-    scale, softcap = measure_transform(model)
-    model.set_output_embeddings(FusedLMHead(head, scale, softcap))
+        raise ValueError(
+            f"{type(model).__name__}: expected a backbone at model.base_model or model.model"
+        )
+    replace_head(model, FusedLMHead(head, *_measure_without_backbone(model)))
     kind: Any = type(model)
     own, fused = model.forward, types.MethodType(_fused_forward(kind), model)
     model.__dict__.update(forward_to_logits=own, forward=fused)
@@ -230,58 +196,34 @@ def model_logps(
     return _at_head(model, input_ids, attention_mask, run).sum(1)
 
 
-# What stands in for lm_head's output while the transform is measured. Powers of two, so that a
-# scale of one comes out as exactly that; the last would overflow nothing but saturates any softcap.
-TINY, HUGE = 2.0**-40, 2.0**60
-PROBE = (TINY, HUGE, -HUGE, 0.5, -1.0, 3.0, -12.0, 50.0, 400.0, 0.0)
-
-
-def measure_transform(model: PreTrainedModel) -> tuple[float, float | None]:
-    """``(scale, softcap)`` that the model's forward applies to lm_head's output.
+def _measure_without_backbone(model: PreTrainedModel) -> tuple[float, float | None]:
+    """`measure_transform` with stand-ins for backbone and lm_head, so that no weight is read.
 
     Raises:
-        ValueError: the forward does not hand the last hidden states to lm_head as they are, or its
-            logits are no ``softcap(scale * x)`` of lm_head's output x.
+        ValueError: the forward does not hand the last hidden states to lm_head as they are, fails,
+            or its logits are no ``softcap(scale * x)`` of lm_head's output x.
     """
-    name, head, seen = type(model).__name__, model.get_output_embeddings(), []
-    probe = torch.tensor(PROBE, dtype=torch.float64)
-    probe = probe.repeat(-(-head.out_features // len(PROBE)))[: head.out_features]
-    probe = torch.stack([probe, probe.flip(0)])[None]  # (1, 2, V): every entry has many places
-    hidden = torch.linspace(-1, 1, 2 * head.in_features).view(1, 2, -1).to(head.weight.dtype)
+    name, head, seen = type(model).__name__, output_layer(model), []
+    hidden = torch.linspace(-1, 1, TOKENS * head.in_features).view(1, TOKENS, -1)
+    hidden = hidden.to(head.weight.dtype)
 
     def run_head(states: Tensor) -> Tensor:
         seen.append(states)
-        return probe
+        return states
 
     def run_backbone(*_, **__) -> BaseModelOutputWithPast:
         return _Stub(last_hidden_state=hidden)
 
-    ids = torch.zeros(1, 2, dtype=torch.long)
-    with torch.no_grad(), _forward(head, run_head), _forward(backbone_of(model), run_backbone):
+    with _forward(head, run_head), _forward(backbone_of(model), run_backbone):
         try:
-            logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
+            transform = measure_transform(model, use_cache=False, return_dict=True)
+        except HeadError:
+            raise
         except Exception as error:  # of its own code, given stand-ins
             raise ValueError(f"{name}: cannot measure what it does to logits: {error}") from error
     if len(seen) != 1 or seen[0].shape != hidden.shape or not torch.equal(seen[0], hidden):
         raise ValueError(f"{name}: expected lm_head to get the last hidden states as they are")
-    if logits.shape != probe.shape:
-        raise ValueError(
-            f"{name}: expected logits {tuple(probe.shape)} of lm_head's output of that shape, got "
-            f"{tuple(logits.shape)}"
-        )
-    logits = logits.double()
-    top = logits[0, 0, 1].item()
-    softcap = top if 0 < top < HUGE**0.5 else None
-    scale = logits[0, 0, 0].item() / TINY
-    expected = probe * scale
-    if softcap is not None:
-        expected = softcap * torch.tanh(expected / softcap)
-    if not scale > 0 or not torch.allclose(logits, expected, rtol=1e-5, atol=0):
-        raise ValueError(
-            f"{name}: expected logits of the form softcap(scale * lm_head(hidden)), got a forward "
-            f"that maps {[*PROBE]} to {logits[0, 0, : len(PROBE)].tolist()}"
-        )
-    return scale, softcap
+    return transform
 
 
 class _Stub(BaseModelOutputWithPast):

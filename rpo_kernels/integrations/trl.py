@@ -241,19 +241,19 @@ class RPOTrainer(DPOTrainer):
         """Summed reference log-probs (B,), (B,) of chosen and rejected."""
         labels = shifted(_labels(inputs))
         run = functools.partial(linear_logprobs, targets=labels)
-        run = last_positions(run, labels.shape[1])
-        adapter = contextlib.nullcontext()
+        at_head = last_positions(run, labels.shape[1])
+        adapter: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             peft = self.accelerator.unwrap_model(self.model)
             adapter = dpo_trainer.use_adapter(peft, "ref" if "ref" in peft.peft_config else None)
-        checkpointing = (self.model, self.args.gradient_checkpointing_kwargs)
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs  # text was parsed at the start
         with (
             torch.no_grad(),
-            dpo_trainer.disable_gradient_checkpointing(*checkpointing),
+            dpo_trainer.disable_gradient_checkpointing(self.model, checkpointing),
             adapter,
             self.accelerator.autocast(),
         ):
-            logps = model(**_model_inputs(inputs), at_head=run)
+            logps = model(**_model_inputs(inputs), at_head=at_head)
         return logps.sum(1).chunk(2)
 
     def _precompute_ref_logps(self, dataset, name, batch_size):

@@ -212,9 +212,9 @@ class Normed(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Clipped, "Clipped: expected logits of the form"),
-        (Biased, "Biased: expected logits of the form"),
-        (Cut, "Cut: expected logits .* of lm_head's output of that shape"),
+        (Clipped, "Clipped: its logits are not softcap.* becomes"),
+        (Biased, "Biased: its logits are not softcap.* becomes"),
+        (Cut, "Cut: its logits are not softcap.* the logits are"),
         (Normed, "Normed: expected lm_head to get the last hidden states"),
     ],
 )

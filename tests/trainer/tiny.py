@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from rpo_kernels.integrations.head import FusedLMHead
 from tests.support import assert_within_plain_budget, value_budget
 from trainer.config.fields import RunConfig
 from trainer.data.batches import Split
@@ -22,7 +23,7 @@ from trainer.data.pairs import IGNORE
 from trainer.data.rows import BadRows, check_record
 from trainer.data.truncation import Limits
 from trainer.loop import METRICS
-from trainer.model.head import FusedLMHead, fuse_lm_head
+from trainer.model.head import fuse_head
 from trainer.model.policy import PreferenceModel, loss_options
 from trainer.reference.cache import Table
 from trainer.reference.modes import fill, lookup, scorer
@@ -149,7 +150,7 @@ def tiny_policy(model=None, **fields):
     """A `PreferenceModel` around a tiny Llama, and an accelerator that adds nothing."""
     model = tiny_llama() if model is None else model
     if type(model.get_output_embeddings()) is not FusedLMHead:
-        fuse_lm_head(model)
+        fuse_head(model)
     return PreferenceModel(model, loss_options(tiny_config(**fields))), Accelerator(cpu=True)
 
 

@@ -19,7 +19,10 @@ from typing import Any, Literal, TypeVar
 from trainer.config import values
 from trainer.errors import InputError
 
-Options = TypeVar("Options")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 # What other programs call a field, or what people write for it.
 KNOWN_AS = {
@@ -86,10 +89,12 @@ def field_docs(kind: type) -> dict[str, str]:
     """Every field of a dataclass and the docstring beneath it, in order."""
     docs = {}
     for owner in reversed(kind.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
-        for field, doc in zip(body, body[1:], strict=False):
+        [defined] = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(defined, ast.ClassDef)
+        for field, doc in zip(defined.body, defined.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
-                docs[field.target.id] = " ".join(doc.value.value.split())
+                assert isinstance(field.target, ast.Name) and isinstance(doc.value, ast.Constant)
+                docs[field.target.id] = " ".join(str(doc.value.value).split())
     return {field.name: docs[field.name] for field in dataclasses.fields(kind)}
 
 
@@ -126,7 +131,8 @@ def make_parser(
     for name, text in (first or {}).items():
         parser.add_argument(f"--{name}", metavar="FILE", help=text, action=_Once,
             default=argparse.SUPPRESS)  # fmt: skip
-    docs, kinds, group = field_docs(kind), typing.get_type_hints(kind), parser
+    docs, kinds = field_docs(kind), typing.get_type_hints(kind)
+    group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(kind):
         if groups and field.name in groups:
             group = parser.add_argument_group(groups[field.name])
@@ -190,7 +196,7 @@ def _word(kind: Any, choices: Iterable[str] | None) -> str:
     return {int: "N", float: "X", str: "TEXT", dict: "JSON"}[typing.get_origin(kind) or kind]
 
 
-def read(parser: argparse.ArgumentParser, kind: type, argv: list[str]) -> dict[str, object]:
+def read(parser: argparse.ArgumentParser, kind: type, argv: list[str]) -> dict[str, Any]:
     """The options that are given, as text, by field.
 
     Raises:

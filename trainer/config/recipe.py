@@ -35,7 +35,7 @@ DESCRIBED_BY = {
 }
 
 
-def _read_yaml(path: Path) -> dict[str, object]:
+def _read_yaml(path: Path) -> dict[str, typing.Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values, node = yaml.safe_load(text), yaml.compose(text)

@@ -165,7 +165,7 @@ def pack(pairs: list[Pair], indices: Indices, ranks: tuple[Indices, ...] = ()) -
         labels.append(targets[trained])
         counts.append(len(labels[-1]))
     return Batch(
-        torch.as_tensor(np.concatenate(ids or [[0]]), dtype=torch.long)[None],
+        torch.as_tensor(np.concatenate(ids or [np.zeros(1, np.int32)]), dtype=torch.long)[None],
         layout.positions()[None],
         layout,
         torch.cat(rows),

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.calls import as_object, as_text, with_arguments
@@ -43,7 +45,7 @@ EMPTY_END = re.compile(
 class ChatOptions:
     """What a chat template is told beside the messages."""
 
-    kwargs: Mapping[str, object] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Further variables, such as `enable_thinking`."""
     date: str | None = None
     """The day that its clock shows, as YYYY-MM-DD; None is today."""
@@ -182,12 +184,14 @@ class Chat:
             )
         try:
             with self.clock.ticking():
-                return self.tokenizer.apply_chat_template(
-                    messages, tools=tools, add_generation_prompt=opened, tokenize=False,
-                    **self.options.kwargs,
+                text = self.tokenizer.apply_chat_template(
+                    messages, tools=None if tools is None else [*tools], tokenize=False,
+                    add_generation_prompt=opened, **self.options.kwargs,
                 )  # fmt: skip
         except Exception as error:  # templates raise errors of their own for roles they refuse
             raise BadRow("chat template refuses the messages", f"{error}; {REMEDY}") from None
+        assert isinstance(text, str)  # no ids, as tokenize is False
+        return text
 
     def _after(
         self, prompt: str, before: list[Message], message: Message, tools: list[dict] | None
@@ -281,6 +285,17 @@ class Chat:
         except BadRow:  # it wants other messages
             return ""
         return text[len(head) + 1 :] if text.startswith(head + "A") else ""
+
+
+def text_of(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int] | np.ndarray,
+    skip_special_tokens: bool = False,
+) -> str:
+    """The text of one sequence of token ids."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+    assert isinstance(text, str)  # a batch would make a list
+    return text
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

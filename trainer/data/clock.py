@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from datetime import datetime
+from typing import Any
 
 from transformers.utils import chat_template_utils
+
+TEMPLATES: Any = chat_template_utils  # untyped, as its clock is exchanged
 
 
 def today() -> str:
@@ -20,7 +23,7 @@ def today() -> str:
 
 def _clock_shows(form: str) -> str:
     template = "{{ strftime_now('" + form + "') }}"
-    rendered, _ = chat_template_utils.render_jinja_template(
+    rendered, _ = TEMPLATES.render_jinja_template(
         conversations=[[{"role": "user", "content": ""}]], chat_template=template
     )
     return rendered[0]
@@ -46,9 +49,9 @@ class Clock:
     @contextlib.contextmanager
     def ticking(self) -> Iterator[None]:
         """Inside, templates are told this clock's moment."""
-        own = chat_template_utils.datetime
-        chat_template_utils.datetime = self
+        own = TEMPLATES.datetime
+        TEMPLATES.datetime = self
         try:
             yield
         finally:
-            chat_template_utils.datetime = own
+            TEMPLATES.datetime = own

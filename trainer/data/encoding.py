@@ -110,13 +110,15 @@ class Encoder:
 
     def encode(self, rows: list[Row]) -> list[tuple[Row, Pair | BadRow]]:
         """The pairs of a few rows, or what is wrong with them; dropped rows are missing."""
-        rendered, results = [], []
+        rendered: list[tuple[Row, list[list[Turn]]]] = []
+        results: list[tuple[Row, Pair | BadRow]] = []
         for row in rows:
             try:
                 rendered.append((row, self._render(row)))
             except BadRow as problem:
                 results.append((row, problem))
-        plain, chat = set(), set()
+        plain: set[str] = set()
+        chat: set[str] = set()
         for row, responses in rendered:
             texts = plain if isinstance(row.prompt, str) else chat
             for turns in responses:
@@ -151,15 +153,16 @@ class Encoder:
 
     def _render(self, row: Row) -> list[list[Turn]]:
         """The turns of chosen and rejected."""
-        responses = (row.chosen, row.rejected)
-        if isinstance(row.prompt, str):
-            return [[(row.prompt, text)] for text in responses]
-        first, rendered = self.chat.prompt(row.prompt, row.tools), []
+        if row.strings is not None:
+            prompt, chosen, rejected = row.strings
+            return [[(prompt, text)] for text in (chosen, rejected)]
+        question, *responses = row.messages
+        first, rendered = self.chat.prompt(question, row.tools), []
         for response in responses:
             turns = []
             for i, message in enumerate(response):
                 if message["role"] == "assistant":
-                    before = row.prompt + response[:i]
+                    before = question + response[:i]
                     prompt = self.chat.prompt(before, row.tools) if i else first
                     said = self.chat.said(prompt, before, message, row.tools)
                     if not self.chat.shows(said):
@@ -289,20 +292,24 @@ class Encoder:
 
 def string_warnings(rows: list[Row], tokenizer: PreTrainedTokenizerBase, of: str) -> list[str]:
     """What looks like a mistake in rows of strings of the data `of`, each once, with the remedy."""
-    strings, warnings = [row for row in rows if isinstance(row.prompt, str)], []
+    strings, warnings = [(row.source, *row.strings) for row in rows if row.strings], []
     if strings and tokenizer.chat_template is not None:
         warnings.append(
             f"warning: {len(strings)} rows of the {of} are strings, which are trained on without "
             "the model's chat template; for a chat model write them as messages, "
             '[{"role": "user", "content": ...}] and [{"role": "assistant", "content": ...}]'
         )
-    joined = [(row, text) for row in strings for text in (row.chosen, row.rejected)
-              if JOINED.fullmatch(row.prompt[-1:] + text[:1])]  # fmt: skip
+    joined = [
+        (source, prompt, text)
+        for source, prompt, *responses in strings
+        for text in responses
+        if JOINED.fullmatch(prompt[-1:] + text[:1])
+    ]
     if joined:
-        row, text = joined[0]
+        source, prompt, text = joined[0]
         warnings.append(
             f"warning: {len(joined)} responses of the {of} follow their prompt without white "
-            f"space, as in {row.prompt[-20:] + text[:20]!r} ({row.source}); begin them with the "
+            f"space, as in {prompt[-20:] + text[:20]!r} ({source}); begin them with the "
             "space or line break between the two"
         )
     return warnings

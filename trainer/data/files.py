@@ -17,7 +17,6 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from trainer.data.columns import Columns
 from trainer.errors import InputError
@@ -79,16 +78,17 @@ def _kind(path: Path) -> str:
     return "" if kind == ".parquet" and path.suffix == ".gz" else kind
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 @contextlib.contextmanager
 def _readable(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
     """Inside, what a damaged file raises becomes an `InputError`."""
+    damage: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *errors)
     try:
         yield
-    except (OSError, EOFError, zlib.error, *errors) as error:
+    except damage as error:
         raise InputError(f"{path}: not a readable {kind} file: {error}") from None
 
 

@@ -21,6 +21,7 @@ import os.path
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from trainer.data.columns import Columns, holds, pick
 from trainer.errors import InputError
@@ -37,7 +38,8 @@ SPEAKERS = {  # ShareGPT's names of roles
 LISTED = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
 SHOWN = 5  # bad rows spelled out in an error; the rest are counted
 
-Message = dict[str, object]
+Message = dict[str, Any]
+"""Role and content, and the others of `MESSAGE_FIELDS` and `REASONING` that it has."""
 Text = str | list[Message]
 
 
@@ -64,6 +66,21 @@ class Row:
     """`file:line`, or `dataset[split]:row`."""
     tools: list[dict] | None = None
     """JSON schemas of the tools, for the chat template."""
+
+    @property
+    def strings(self) -> tuple[str, str, str] | None:
+        """Prompt, chosen and rejected, if they are strings; None if they are messages."""
+        prompt, chosen, rejected = self.prompt, self.chosen, self.rejected
+        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+            return prompt, chosen, rejected
+        return None
+
+    @property
+    def messages(self) -> tuple[list[Message], list[Message], list[Message]]:
+        """Prompt, chosen and rejected, which must not be strings."""
+        prompt, chosen, rejected = self.prompt, self.chosen, self.rejected
+        assert isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list)
+        return prompt, chosen, rejected
 
 
 @dataclass
@@ -109,7 +126,7 @@ class BadRows:
             raise InputError(f"no usable preference pair in the {self.of}{why}{first}")
 
 
-def parse_json(text: bytes | str) -> object:
+def parse_json(text: bytes | str) -> Any:
     """JSON of whole characters, which a tokenizer takes.
 
     Raises:
@@ -181,6 +198,7 @@ def check_record(record: bytes | dict, source: str, columns: Columns | None = No
         detail = f"{problem} ({_has(record)}; or name its column, as {columns.remedy(record)})"
         raise BadRow("no common prompt", detail) from None
     if isinstance(prompt, list):
+        assert isinstance(chosen, list) and isinstance(rejected, list)  # by _split_prompt
         if implicit and "NAME" not in columns.remedy(record) and not _asks(prompt):
             detail = f"nobody asks in the messages, and {_has(record)}"
             raise BadRow("no prompt", f"{detail}; name its column, as {columns.remedy(record)}")
@@ -213,11 +231,12 @@ def _read_prompt(record: dict, columns: Columns) -> Text | None:
         names = ", ".join(absent)
         raise BadRow("missing field", f"{names} ({_has(record)}); correct --prompt_column")
     *first, last = texts
-    if not all(isinstance(text, str) for text in first):
+    begin = [text for text in first if isinstance(text, str)]
+    if len(begin) < len(first):
         raise BadRow("mixed forms", f"expected strings before the last of {', '.join(given)}")
     if isinstance(last, str):
-        return "\n".join(texts)
-    return [{"role": "system", "content": "\n".join(first)}, *last] if first else last
+        return "\n".join([*begin, last])
+    return [{"role": "system", "content": "\n".join(begin)}, *last] if begin else last
 
 
 def _check_text(name: str, text: object) -> Text:
@@ -263,7 +282,7 @@ def _check_thought(place: str, message: Message) -> Message:
     return dict.fromkeys(REASONING, next(iter(given.values())))
 
 
-def _without_nulls(value: object) -> object:
+def _without_nulls(value: Any) -> Any:
     """Nested JSON without the nulls by which tables fill fields that other rows have."""
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
@@ -298,9 +317,7 @@ def _split_prompt(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Te
         if len({type(text) for text in forms.values()}) > 1:
             raise _mixed_forms(forms)
         return prompt, chosen, rejected
-    if type(chosen) is not type(rejected):
-        raise _mixed_forms(forms)
-    if isinstance(chosen, str):
+    if isinstance(chosen, str) and isinstance(rejected, str):
         size = len(os.path.commonprefix([chosen, rejected]))
         while size and not (
             chosen[size : size + 1].isspace() and rejected[size : size + 1].isspace()
@@ -310,6 +327,8 @@ def _split_prompt(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Te
         if not size:
             raise NoCommonPrompt("without prompt, both must begin with the same words")
         return chosen[:size], chosen[size:], rejected[size:]
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise _mixed_forms(forms)
     size = 0
     while size < min(len(chosen), len(rejected)) and chosen[size] == rejected[size]:
         size += 1
@@ -357,7 +376,7 @@ def _check_turns(prompt: list[Message], *responses: list[Message]) -> None:
 
 def _check_not_empty(name: str, text: Text) -> None:
     if isinstance(text, str):
-        said = [text.strip()]
+        said: list[object] = [text.strip()]
     else:
         own = [message for message in text if message["role"] == "assistant"]
         said = [message["content"].strip() or message.get("tool_calls") for message in own]

@@ -37,11 +37,11 @@ def read_splits(config: RunConfig) -> dict[str, tuple[list[Row], BadRows]]:
     for warning in repeated_files(config.train_file, config.eval_file):
         say(warning)
     train, bad = _read_split(config, config.train_file, config.dataset_train_split, "training data")
-    splits = {}
+    splits: dict[str, tuple[list[Row], BadRows]] = {}
     if config.eval_file or config.dataset_test_split:
         files, split = config.eval_file, config.dataset_test_split
-        held_out, eval_bad = _read_split(config, files, split, HELD_OUT)
-        splits["eval"] = [row for rows in held_out for row in rows], eval_bad
+        sources, eval_bad = _read_split(config, files, split, HELD_OUT)
+        splits["eval"] = [row for rows in sources for row in rows], eval_bad
     elif config.eval_split_ratio:
         train, held_out = hold_out(train, config.eval_split_ratio, config.seed)
         splits["eval"] = held_out, BadRows(config.on_bad_row, of=HELD_OUT)
@@ -70,9 +70,10 @@ def _read_split(
     """The rows of every source of one split: files first, then data sets; `of` names them."""
     bad, columns = BadRows(config.on_bad_row, of=of), columns_of(config)
     sources = [read_rows(name, bad, columns) for name in files]
-    for name in config.dataset_name if split else ():
-        records = read_dataset(name, config.dataset_config, split, columns)
-        sources.append(check_rows(f"{name}[{split}]:", records, bad, columns))
+    if split:
+        for name in config.dataset_name:
+            records = read_dataset(name, config.dataset_config, split, columns)
+            sources.append(check_rows(f"{name}[{split}]:", records, bad, columns))
     bad.settle(sum(map(len, sources)))
     return sources, bad
 
@@ -98,8 +99,9 @@ def check_rows(
 ) -> list[Row]:
     """The usable rows of a source; `bad` receives the others, as `source` and their number."""
     rows = []
-    several = columns is not None and len(columns.prompt) > 1
-    absent = set(columns.prompt) if several else set()
+    absent: set[str] = set()
+    if columns is not None and len(columns.prompt) > 1:
+        absent = set(columns.prompt)
     for number, record in records:
         place = f"{source}{number}"
         try:
@@ -172,7 +174,7 @@ def _prompt_key(row: Row) -> str:
     return row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt, sort_keys=True)
 
 
-def weigh(rows: list[Row], weight: float, seed: object) -> list[Row]:
+def weigh(rows: list[Row], weight: float, seed: int | tuple[int, int]) -> list[Row]:
     """``round(weight * len(rows))`` rows: all ``floor(weight)`` times, a random rest once more.
 
     Raises:

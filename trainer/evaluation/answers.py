@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from trainer.errors import InputError
 from trainer.evaluation.records import read_jsonl
@@ -13,7 +13,7 @@ from trainer.evaluation.records import read_jsonl
 Answers = dict[str, dict[Hashable, list[str]]]  # model -> question -> an answer per turn
 
 
-def read_answers(files: list[str]) -> Answers:
+def read_answers(files: Sequence[str]) -> Answers:
     """Read answer files, of one model or of several.
 
     Raises:

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.data.chat import Chat, ChatOptions
+from trainer.data.chat import Chat, ChatOptions, text_of
 from trainer.data.clock import today
 from trainer.data.encoding import added_end
 from trainer.data.rows import BadRow
@@ -145,7 +145,7 @@ def answer(
             padded=padded,
         )
         for k, ids in zip(active, texts, strict=True):
-            answers[k].append(tokenizer.decode(ids, skip_special_tokens=True).strip())
+            answers[k].append(text_of(tokenizer, ids, skip_special_tokens=True).strip())
     return answers
 
 

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 import openai
 from tqdm import tqdm
@@ -46,11 +47,30 @@ class Request:
     question: Hashable
     turn: int
     shown: tuple[str, str]
-    body: dict[str, object]
+    body: dict[str, Any]
     key: str
 
 
-def judge(prompts: str, answers: Sequence[str], output_dir: str, by: Judge) -> dict[str, object]:
+class Report(TypedDict):
+    """What `judge.json` holds."""
+
+    judge: str
+    base_url: str
+    comparisons: int
+    disagreements: int
+    """Comparisons whose two orders have different winners."""
+    malformed_verdicts: int
+    tokens: dict[str, int]
+    """Of all prompts and completions."""
+    responses_without_usage: int
+    retries: int
+    cost_usd: float | None
+    """None without prices."""
+    requests: NotRequired[dict[str, int]]
+    """How many were sent, and how many found in the cache."""
+
+
+def judge(prompts: str, answers: Sequence[str], output_dir: str, by: Judge) -> Report:
     """Compare all pairs of models on all turns of all prompts.
 
     Args:
@@ -187,7 +207,7 @@ def judgment(there: Request, back: Request, cache: dict[str, dict], by: Judge) -
     }
 
 
-def summarize(rows: list[dict], responses: list[dict], by: Judge) -> dict[str, object]:
+def summarize(rows: list[dict], responses: list[dict], by: Judge) -> Report:
     """Counts over all comparisons, and what all their responses cost, cached ones included."""
     winners = [(row["g1_winner"], row["g2_winner"]) for row in rows]
     tokens = {
@@ -210,7 +230,7 @@ def summarize(rows: list[dict], responses: list[dict], by: Judge) -> dict[str, o
     }
 
 
-def to_text(report: dict[str, object], output_dir: str) -> str:
+def to_text(report: Report, output_dir: str) -> str:
     """What the command prints."""
     sent, tokens = report["requests"], report["tokens"]
     cost = "" if report["cost_usd"] is None else f", {report['cost_usd']:.4f} US dollars"

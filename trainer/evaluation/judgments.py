@@ -76,15 +76,16 @@ def read_judgments(files: list[str], names: dict[str, str]) -> Judgments:
     unknown = set(names) - {_model(place, row, key, {}) for place, row in rows for key in keys}
     if unknown:
         raise InputError(f"rename: no model is called {', '.join(sorted(unknown))}")
-    judgments, first_place = Judgments(), {}
+    judgments = Judgments()
+    first_place: dict[Hashable, str] = {}
     for place, row in rows:
         models = tuple(_model(place, row, key, names) for key in keys)
         turn, judge = row.get("turn", 1), str(row.get("judge"))
         if not isinstance(turn, int):
             raise InputError(f"{place}: expected an integer as 'turn', got {turn!r}")
-        key = (row["question_id"], turn, frozenset(models), judge)
-        if first_place.setdefault(key, place) != place:
-            raise InputError(f"{place}: the same judgment as {first_place[key]}")
+        what = (row["question_id"], turn, frozenset(models), judge)
+        if first_place.setdefault(what, place) != place:
+            raise InputError(f"{place}: the same judgment as {first_place[what]}")
     read = _read_pairwise if len(keys) == 2 else _read_single
     read(judgments, rows, names)
     if not judgments.comparisons:

@@ -48,7 +48,9 @@ def open_model(source: Source, file: str) -> tuple[PreTrainedModel, PreTrainedTo
     """
     with named(f"models: {source.path}"):
         model, tokenizer = merge.load_whole(source.config(file))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it, so mypy binds no self
+    return model.eval(), tokenizer
 
 
 def chat_options(kwargs: dict[str, object] | None, date: str | None) -> ChatOptions:
@@ -57,8 +59,7 @@ def chat_options(kwargs: dict[str, object] | None, date: str | None) -> ChatOpti
     Raises:
         InputError: `kwargs` holds what is no variable of a template, or `date` is no day.
     """
-    given = {"chat_template_kwargs": kwargs, "date": date}
-    config = RunConfig(model_name_or_path="none", train_file="none", **given)
+    config = RunConfig("none", train_file=("none",), chat_template_kwargs=kwargs, date=date)
     return ChatOptions(config.chat_template_kwargs or {}, config.date)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from trainer.data.rows import REASONING
+from trainer.data.rows import REASONING, Message
 from trainer.errors import InputError
 from trainer.evaluation.records import read_jsonl
 
@@ -35,9 +35,10 @@ class Prompt:
             return self.start[0]["content"]
         return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in self.start)
 
-    def messages(self, answers: list[str]) -> list[dict[str, str]]:
+    def messages(self, answers: list[str]) -> list[Message]:
         """The chat up to the user's message that follows `answers`."""
-        messages = list(self.start)
+        assert not isinstance(self.start, str)
+        messages: list[Message] = list(self.start)
         for answer, follow_up in zip(answers, self.follow_ups, strict=False):
             messages += [{"role": "assistant", "content": answer},
                          {"role": "user", "content": follow_up}]  # fmt: skip

@@ -40,6 +40,8 @@ from trainer.model.policy import PreferenceModel
 from trainer.model.probe import check_model
 from trainer.paths import open_folder
 
+Metrics = dict[str, float | None]  # of a model; None where there is too little to measure it on
+
 
 def score(
     data: tuple[str, ...] | list[str],
@@ -55,7 +57,7 @@ def score(
     seed: int,
     chat: ChatOptions | None = None,
     columns: Columns | None = None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Metrics]:
     """Write `scores.json` (means) and `scores.jsonl` (a line per model and pair).
 
     Args:
@@ -87,7 +89,8 @@ def score(
     check_fit(model, pairs)
     check_model(base, pairs)
     ref_logps = score_pairs(base, pairs, batch_size, "reference")
-    results, lines = {}, []
+    results: dict[str, Metrics] = {}
+    lines = []
     for name, source in sources.items():
         model, own_tokenizer = open_model(source, data[0])
         if not same_tokens(read_pairs(data, own_tokenizer, max_length, chat, columns)[1], pairs):
@@ -181,8 +184,8 @@ def draw_pairs(
             )
             for _ in range(2)
         ]
-        for prompt, *answers in zip(batch, *draws, strict=True):
-            pairs.append(Pair(*(_sequence(prompt, answer) for answer in answers)))
+        for prompt, one, other in zip(batch, *draws, strict=True):
+            pairs.append(Pair(_sequence(prompt, one), _sequence(prompt, other)))
     return pairs
 
 
@@ -191,7 +194,7 @@ def _sequence(prompt: list[int], answer: list[int]) -> Sequence:
     return Sequence(np.array(prompt + answer, np.int32), np.array(labels, np.int32))
 
 
-def summarize(pairs: list[Pair], logps: Tensor, ref_logps: Tensor, beta: float) -> dict[str, float]:
+def summarize(pairs: list[Pair], logps: Tensor, ref_logps: Tensor, beta: float) -> Metrics:
     """Means over the pairs, named as in `metrics.jsonl`."""
     rewards = beta * (logps - ref_logps)
     margins = rewards[:, 0] - rewards[:, 1]
@@ -211,14 +214,14 @@ def summarize(pairs: list[Pair], logps: Tensor, ref_logps: Tensor, beta: float) 
     }
 
 
-def kl_estimate(log_ratios: Tensor) -> dict[str, float]:
+def kl_estimate(log_ratios: Tensor) -> Metrics:
     """Mean of the draws' log-ratios (P prompts, 2) and its standard error over prompts."""
     per_prompt = log_ratios.mean(1)
     error = per_prompt.std().item() / math.sqrt(len(per_prompt)) if len(per_prompt) > 1 else None
     return {"kl": per_prompt.mean().item(), "kl_standard_error": error}
 
 
-def to_text(results: dict[str, dict[str, float]]) -> str:
+def to_text(results: dict[str, Metrics]) -> str:
     """A column per model."""
     keys = list(next(iter(results.values())))
     lines = [f"{'':<24}" + "".join(f"{name:>16}" for name in results)]

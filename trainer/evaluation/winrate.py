@@ -23,6 +23,7 @@ import csv
 import io
 from collections import defaultdict
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -36,6 +37,28 @@ LEVEL = 95  # percent of the bootstrap samples inside the interval
 THETA_PRECISION = 1e-6  # all but flat prior: a model that always wins gets 100 %, not an overflow
 
 Rate = tuple[float, float, float]  # estimate, low, high in percent
+Matrix = dict[str, dict[str, float | None]]  # [a][b], in percent; None where the two never met
+
+
+class WinRates(TypedDict):
+    """What `winrates.json` holds."""
+
+    models: list[str]
+    matrix: Matrix
+    """Win rates."""
+    low: Matrix
+    high: Matrix
+    """The ends of their intervals."""
+    length_controlled: Matrix | None
+    """None without answers."""
+    pairs: list[dict[str, Any]]
+    """Of every ordered pair of models: `a`, `b`, counts, and each rate with its interval."""
+    mean_scores: dict[str, float]
+    """Of every model that was judged alone."""
+    malformed: int
+    disagreements: int
+    bootstrap: dict[str, int]
+    files: list[str]
 
 
 def winrate(
@@ -45,7 +68,7 @@ def winrate(
     rename: dict[str, str],
     samples: int,
     seed: int,
-) -> dict[str, object]:
+) -> WinRates:
     """Write `winrates.json`, `.csv` and `.png` for judgment files.
 
     Args:
@@ -74,7 +97,7 @@ def winrate(
             gaps = length_gaps(pairs, by_name)
             table[pair] |= named("length_controlled", controlled_rate(pairs, gaps, draws))
     models = judgments.models
-    result = {
+    result: WinRates = {
         "models": models,
         "matrix": matrix(models, table, "win_rate"),
         "low": matrix(models, table, "win_rate_low"),
@@ -172,7 +195,7 @@ def controlled_rate(rows: list[Comparison], gaps: np.ndarray, draws: dict) -> Ra
     return float(rates[0]), *interval(rates[1:][drawn])
 
 
-def matrix(models: list[str], table: dict, key: str) -> dict[str, dict[str, float | None]]:
+def matrix(models: list[str], table: dict, key: str) -> Matrix:
     """``matrix[a][b]`` of one column of the table: 50 on the diagonal, None where nothing met."""
 
     def value(a: str, b: str) -> float | None:
@@ -190,7 +213,7 @@ def to_csv(pairs: list[dict]) -> str:
     return text.getvalue()
 
 
-def to_text(result: dict[str, object]) -> str:
+def to_text(result: WinRates) -> str:
     """The table for a terminal."""
     pairs, lines = result["pairs"], []
     width = max(len(f"{p['a']} > {p['b']}") for p in pairs) + 2
@@ -210,12 +233,12 @@ def to_text(result: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def plot_matrix(result: dict[str, object], path: Path) -> None:
+def plot_matrix(result: WinRates, path: Path) -> None:
     """Draw the N x N matrix: the row's model against the column's."""
     from matplotlib.figure import Figure
 
     models, rates = result["models"], result["matrix"]
-    values = np.array([[rates[a][b] for b in models] for a in models], dtype=float)
+    values = np.array([[rates[a][b] for b in models] for a in models], dtype=np.float64)
     size = 2.2 + 1.1 * len(models)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()

@@ -78,7 +78,7 @@ def add_adapters(model: PreTrainedModel, config: RunConfig) -> PeftModel:
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a factor, any number will do
         lora_dropout=config.lora_dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         modules_to_save=list(config.lora_modules_to_save) or None,
@@ -107,6 +107,7 @@ def refuse_tied_adapters(adapted: PeftModel) -> None:
         InputError: the input embedding or lm_head is adapted, and they are tied.
     """
     model = adapted.get_base_model()
+    assert isinstance(model, PreTrainedModel)
     tied = model.config.get_text_config().tie_word_embeddings
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if tied and isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper):

@@ -20,6 +20,8 @@ instead of T^2. Without a layout (generation, the model's own forward) it is ord
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,7 +51,7 @@ def pair_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function as transformers calls it.
 
@@ -76,6 +78,7 @@ def pair_attention(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
     if pairs is None:
+        assert softcap is not None
         mask = attention_mask
         if mask is None and query.shape[2] > 1:
             mask = _causal_mask(query.shape[2], key.shape[2], None, query.device)
@@ -86,9 +89,9 @@ def pair_attention(
     if asked:
         raise InputError(f"{type(module).__name__} has {asked[0]}, which cannot be packed")
     if query.device.type == "cuda":
-        mask = pairs.block_mask(sliding_window, query.device)
+        blocks = pairs.block_mask(sliding_window, query.device)
         return flex_attention_forward(
-            module, query, key, value, mask, scaling=scaling, softcap=softcap
+            module, query, key, value, blocks, scaling=scaling, softcap=softcap
         )[0], None
     return _by_sequence(query, key, value, pairs, scaling, sliding_window, softcap), None
 
@@ -99,7 +102,13 @@ def _causal(module: nn.Module, kwargs: dict[str, object]) -> bool:
 
 
 def _by_sequence(
-    query: Tensor, key: Tensor, value: Tensor, pairs: PairLayout, *how: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pairs: PairLayout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Attention one sequence at a time: prefix and chosen, then the rest of rejected."""
     sizes = [size for prefix, c, r in pairs.lengths for size in (prefix + c, r)]
@@ -107,10 +116,10 @@ def _by_sequence(
     outputs = []
     for prefix, _, _ in pairs.lengths:
         q, k, v = next(pieces)
-        outputs.append(_attend(q, k, v, *how))
+        outputs.append(_attend(q, k, v, scaling, window, softcap))
         q, *rest = next(pieces)
-        both = (torch.cat([x[:, :, :prefix], y], 2) for x, y in zip((k, v), rest, strict=True))
-        outputs.append(_attend(q, *both, *how))
+        k, v = (torch.cat([x[:, :, :prefix], y], 2) for x, y in zip((k, v), rest, strict=True))
+        outputs.append(_attend(q, k, v, scaling, window, softcap))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()  # some layers take views of it
 
 

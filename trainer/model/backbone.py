@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,9 @@ class States(NamedTuple):
 
     hidden: Tensor
     """(R, L, D), what lm_head would have got."""
-    output: ModelOutput
-    """The backbone's, with its `router_logits` where the config has them returned."""
+    output: ModelOutput | None
+    """The backbone's, with its `router_logits` where the config has them returned; None where the
+    model itself is the backbone, and so did not come to an end."""
 
 
 class _Reached(Exception):  # noqa: N818  no error: it ends a forward where lm_head begins
@@ -47,7 +48,7 @@ def run_to_head(model: PreTrainedModel, ids: Tensor, **inputs: object) -> States
     Raises:
         InputError: it never does, or hands it something else than a state per token.
     """
-    seen: dict[str, object] = {}
+    seen: dict[str, Any] = {}
 
     def stop(_head: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen["hidden"] = args[0]
@@ -113,7 +114,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 
 def _checkpointed(forward: Callable) -> Callable:
-    def run(*args: object, **kwargs: object) -> object:
+    def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)

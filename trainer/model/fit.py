@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sized
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.data.pairs import Pair
 from trainer.errors import InputError
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many token ids the input embedding can read."""
+    embedding: Any = model.get_input_embeddings()  # a class of their own in some architectures
+    return embedding.num_embeddings
 
 
 def check_fit(model: PreTrainedModel, pairs: Iterable[Pair]) -> None:
@@ -26,7 +33,7 @@ def check_fit(model: PreTrainedModel, pairs: Iterable[Pair]) -> None:
     """
     name, pairs = type(model).__name__, list(pairs)
     token = max(pairs, key=_largest_id)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = vocabulary_size(model)
     if _largest_id(token) >= rows:
         raise InputError(
             f"model_name_or_path: expected an embedding for every token, but the tokenizer gives "

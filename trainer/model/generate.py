@@ -10,14 +10,15 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from trainer.config.fields import RunConfig
 from trainer.data.batches import Split
+from trainer.data.chat import text_of
 from trainer.data.pairs import IGNORE, Pair
 from trainer.model.backbone import quiet
-from trainer.model.fit import check_answers
+from trainer.model.fit import check_answers, vocabulary_size
 from trainer.model.rounding import MARGIN, difference_of, in_float32, last_digits
 
 
@@ -54,8 +55,11 @@ def sample(
     """
     check_answers(model, prompts, max_new_tokens)
     if not padded and len({*map(len, prompts)}) > 1:
-        how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        alone = [sample(model, tokenizer, [prompt], synced=synced, **how) for prompt in prompts]
+        alone = (
+            sample(model, tokenizer, [prompt], max_new_tokens=max_new_tokens,
+                   temperature=temperature, top_p=top_p, synced=synced)
+            for prompt in prompts
+        )  # fmt: skip
         return [answer for [answer] in alone]
     defaults = model.generation_config
     own = defaults.eos_token_id
@@ -67,7 +71,7 @@ def sample(
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=pad)
     try:
-        output = model.generate(
+        output = _generator(model).generate(
             input_ids=ids,
             attention_mask=seen.to(model.device),
             max_new_tokens=max_new_tokens,
@@ -81,10 +85,16 @@ def sample(
     return [_until_end(row, ends) for row in output[:, longest:].tolist()]
 
 
+def _generator(model: PreTrainedModel) -> GenerationMixin:
+    """The model as what generates, which transformers' types say of its subclasses alone."""
+    assert isinstance(model, GenerationMixin)
+    return model
+
+
 @torch.no_grad()
 def pads_exactly(model: PreTrainedModel) -> bool:
     """Whether prompts that are padded on the left are answered as they are alone: measured."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = vocabulary_size(model)
     long = [(7 * k + 3) % vocabulary for k in range(12)]
     short = long[3:8]
     together = torch.tensor([[0] * (len(long) - len(short)) + short, long], device=model.device)
@@ -107,7 +117,7 @@ def _first_logits(model: PreTrainedModel, ids: Tensor, seen: Tensor) -> Tensor:
     """Logits (B, V) of the first new token."""
     defaults, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
     try:
-        return model.generate(
+        return _generator(model).generate(
             input_ids=ids, attention_mask=seen, max_new_tokens=1, do_sample=False,
             output_logits=True, return_dict_in_generate=True,
         ).logits[0]  # fmt: skip
@@ -149,10 +159,10 @@ def take_samples(
             answers += policy.answer(tokenizer, batch, config.max_new_tokens, synced)
 
     def text(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return text_of(tokenizer, ids, skip_special_tokens=True).strip()
 
     return [
-        {"prompt": tokenizer.decode(prompt), "answer": text(answer), "chosen": text(chosen)}
+        {"prompt": text_of(tokenizer, prompt), "answer": text(answer), "chosen": text(chosen)}
         for (prompt, chosen), answer in zip(first.items(), answers, strict=True)
     ]
 

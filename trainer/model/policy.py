@@ -17,16 +17,18 @@ its name: policy and reference agree at step 0.
 from __future__ import annotations
 
 import contextlib
-from collections import namedtuple
+import functools
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rpo_kernels import RPOOutput
+from rpo_kernels import RPOOutput, fused_rpo_loss
 from rpo_kernels.backends import choose_backend
 from trainer.config.fields import RunConfig
 from trainer.data.batches import Batch
@@ -43,11 +45,24 @@ LOSS_FIELDS = (
 )  # fmt: skip
 
 
-PolicyOutput = namedtuple("PolicyOutput", (*RPOOutput._fields, "aux_loss"))
-PolicyOutput.__doc__ = """`RPOOutput`, its loss with the routers', and that share, () or None."""
+class PolicyOutput(NamedTuple):
+    """`RPOOutput`, whose fields these are, its loss with the routers', and that share."""
+
+    loss: Tensor
+    dpo_loss: Tensor
+    sft_loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    accuracy: Tensor
+    margin: Tensor
+    skipped: Tensor
+    aux_loss: Tensor | None
+    """(), the routers' share of the loss, detached; None without one."""
 
 
-def loss_options(config: RunConfig) -> dict[str, object]:
+def loss_options(config: RunConfig) -> dict[str, Any]:
     """The arguments of `fused_rpo_loss` that the config decides.
 
     Raises:
@@ -65,7 +80,10 @@ class PreferenceModel(nn.Module):
     """A causal language model whose forward is the loss of a batch of preference pairs."""
 
     def __init__(
-        self, model: PreTrainedModel, options: dict[str, object], offload: bool = False
+        self,
+        model: PreTrainedModel | PeftModel,
+        options: dict[str, Any],
+        offload: bool = False,
     ) -> None:
         """Wrap `model` (with a `FusedLMHead`).
 
@@ -78,13 +96,13 @@ class PreferenceModel(nn.Module):
         self.model = model
         self.options = options
         self.offload = offload
-        model = self.language_model
-        self.own_attention = model.config._attn_implementation
+        language_model = self.language_model
+        self.own_attention = language_model.config._attn_implementation
         self.packed = False
         """Whether a batch runs as one packed row; else every sequence runs alone."""
         self.pads = True
         """Whether prompts of different lengths are answered together, padded on the left."""
-        self.pack(packs(model))
+        self.pack(packs(language_model))
         self.train(model.training)
 
     def pack(self, packed: bool) -> None:
@@ -107,8 +125,11 @@ class PreferenceModel(nn.Module):
     @property
     def language_model(self) -> PreTrainedModel:
         """The transformers model, below peft's wrapper where there is one."""
-        wrapped = hasattr(self.model, "get_base_model")
-        return self.model.get_base_model() if wrapped else self.model
+        if not isinstance(self.model, PeftModel):
+            return self.model
+        base = self.model.get_base_model()
+        assert isinstance(base, PreTrainedModel)
+        return base
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, D) that predict a packed batch's trained tokens."""
@@ -126,7 +147,7 @@ class PreferenceModel(nn.Module):
                 }
                 found = run_to_head(self.language_model, part.ids, **layout if self.packed else {})
                 aux = None
-                if getattr(found.output, "router_logits", None):
+                if found.output is not None and getattr(found.output, "router_logits", None):
                     aux = balance_loss(self.language_model, found.output, part.sequences)
                 yield found.hidden[0].index_select(0, part.rows), aux
 
@@ -143,11 +164,11 @@ class PreferenceModel(nn.Module):
             num_chosen_tokens: trained tokens of the whole step's chosen responses.
         """
         states, aux = zip(*self._run(batch), strict=True)
-        head = self.language_model.get_output_embeddings()
-        out = head(
-            torch.cat(states), batch.labels, cu_seqlens=batch.cu_seqlens, ref_logps=ref_logps,
+        loss = functools.partial(
+            fused_rpo_loss, labels=batch.labels, cu_seqlens=batch.cu_seqlens, ref_logps=ref_logps,
             num_pairs=num_pairs, num_chosen_tokens=num_chosen_tokens, **self.options,
         )  # fmt: skip
+        out: RPOOutput = self.language_model.get_output_embeddings()(torch.cat(states), loss)
         if None in aux:
             return PolicyOutput(*out, None)
         routers = torch.stack(aux).sum() / (2 * num_pairs)

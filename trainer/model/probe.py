@@ -24,9 +24,9 @@ from trainer.data.pairs import Pair, Sequence
 from trainer.errors import InputError
 from trainer.model.attention import packs
 from trainer.model.backbone import BROKEN, run_to_head
-from trainer.model.fit import positions, rope_changes
+from trainer.model.fit import positions, rope_changes, vocabulary_size
 from trainer.model.generate import pads_exactly
-from trainer.model.head import measure_transform
+from trainer.model.head import check_head
 from trainer.model.policy import PreferenceModel
 from trainer.model.rounding import MARGIN, difference_of, in_float32, last_digits
 
@@ -46,7 +46,7 @@ def check_architecture(model: PreTrainedModel, packing: bool | str) -> str | Non
         InputError: this architecture cannot be trained, or not in packed rows.
     """
     try:
-        measure_transform(model)
+        check_head(model)
     except InputError:
         raise
     except Exception:  # whatever an operation says that does not work without numbers
@@ -117,7 +117,7 @@ def _made_up(model: PreTrainedModel, longest: int) -> Batch:
     limit = positions(model) or max(longest, SHORT + BRANCH)
     reaches = [n for n in _reaches(config.to_dict()) if n < longest]
     prefix = min(max([SHORT, *reaches]) + 2, limit - BRANCH)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = vocabulary_size(model)
     marks = {v for k, v in _numbers(model.config.to_dict()) if re.search("token_(id|index)", k)}
     plain = np.setdiff1d(np.arange(vocabulary), np.array(sorted(marks), int))
     draw = np.random.default_rng(0)
@@ -125,7 +125,8 @@ def _made_up(model: PreTrainedModel, longest: int) -> Batch:
     def pair(shared: int, chosen: int, rejected: int) -> Pair:
         start = draw.choice(plain, shared)
         ids = (np.concatenate([start, draw.choice(plain, n)]) for n in (chosen, rejected))
-        return Pair(*(Sequence(i.astype(np.int32), i.astype(np.int32)) for i in ids), shared)
+        one, other = (Sequence(i.astype(np.int32), i.astype(np.int32)) for i in ids)
+        return Pair(one, other, shared)
 
     return pack([pair(prefix, BRANCH, BRANCH - 3), pair(3, 5, 7)], (0, 1)).to(model.device)
 

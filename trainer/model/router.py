@@ -29,7 +29,7 @@ def balance_loss(model: PreTrainedModel, output: ModelOutput, sequences: list[Te
         output: its backbone's, with router logits of all tokens: (T, experts) for every layer.
         sequences: the places (n,) of each sequence's tokens among the T.
     """
-    layers = [logits.flatten(0, -2) for logits in output.router_logits]
+    layers = [logits.flatten(0, -2) for logits in output["router_logits"]]
     total = layers[0].new_zeros(())
     for places in sequences:
         places = places.to(layers[0].device)
@@ -40,7 +40,7 @@ def balance_loss(model: PreTrainedModel, output: ModelOutput, sequences: list[Te
 def _own_loss(model: PreTrainedModel, output: ModelOutput, logits: tuple[Tensor, ...]) -> Tensor:
     """What the model's forward adds to a loss for one sequence."""
     ids = torch.zeros(1, len(logits[0]), dtype=torch.long, device=logits[0].device)
-    states = output.last_hidden_state.new_zeros(1, len(logits[0]), 1)
+    states = output["last_hidden_state"].new_zeros(1, len(logits[0]), 1)
     fields = {"last_hidden_state": states, "router_logits": logits}
     with _only_the_router(model, type(output)(**fields)):
         return model(input_ids=ids, labels=ids).loss
@@ -51,7 +51,7 @@ def _only_the_router(model: PreTrainedModel, output: ModelOutput) -> Iterator[No
     """Let the model's forward run without backbone, lm_head and loss on tokens."""
     head, backbone, loss = model.get_output_embeddings(), model.base_model, model.loss_function
     backbone.forward = lambda *_args, **_kwargs: output
-    model.loss_function = lambda *_args, **_kwargs: output.last_hidden_state.new_zeros(())
+    model.loss_function = lambda *_args, **_kwargs: output["last_hidden_state"].new_zeros(())
     model.set_output_embeddings(nn.Identity())
     try:
         yield

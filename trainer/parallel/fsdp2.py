@@ -13,8 +13,10 @@ autocast's matmuls in bfloat16 there, too. Sums over ranks are float32.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,18 +50,18 @@ def shard(model: PreferenceModel, accelerator: Accelerator) -> nn.Module:
     half = accelerator.mixed_precision == "bf16"
     stored, matrices = MixedPrecisionPolicy(), MixedPrecisionPolicy()
     if half:  # inputs stay as autocast has them
-        sums = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
-        stored = MixedPrecisionPolicy(**sums)
-        matrices = MixedPrecisionPolicy(param_dtype=torch.bfloat16, **sums)
+        stored = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        matrices = dataclasses.replace(stored, param_dtype=torch.bfloat16)
     names = model.language_model._no_split_modules or ()
     layers = [module for module in model.modules() if type(module).__name__ in names]
+    units = []
     for layer in layers:
         for norm in _norms(layer) if half else ():
             fully_shard(norm, mesh=mesh, mp_policy=stored)
-        fully_shard(layer, mesh=mesh, mp_policy=matrices)
+        units.append(fully_shard(layer, mesh=mesh, mp_policy=matrices))
     fully_shard(model, mesh=mesh, mp_policy=stored)
-    for earlier, layer in pairwise(layers):  # by default it would be the unit before: a norm
-        layer.set_modules_to_backward_prefetch([earlier])
+    for earlier, unit in pairwise(units):  # by default it would be the unit before: a norm
+        unit.set_modules_to_backward_prefetch([earlier])
     register_fsdp_forward_method(model, "answer")  # gathers weights as forward does
     check_sharded(model)
     return accelerator.prepare_model(model, evaluation_mode=True)  # autocast, and no DDP
@@ -101,12 +103,12 @@ def _own(unit: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
             yield from _own(child, f"{path}.{name}".lstrip("."))
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+def whole_weights(model: PreferenceModel) -> dict[str, Tensor]:
     """The gathered weights, on rank 0's CPU; every rank must call this."""
     adapters = model.language_model is not model.model  # saved without the frozen weights
     options = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters, strict=False
     )
-    weights = get_model_state_dict(model.model, options=options)
+    weights: dict[str, Any] = get_model_state_dict(model.model, options=options)
     own = [*model.model.named_parameters(), *model.model.named_buffers()]  # tied ones once
     return {name: weights[name] for name, _ in own if name in weights}

@@ -21,6 +21,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -37,6 +38,9 @@ from torch.distributed.tensor import DTensor
 from trainer.config.fields import RunConfig
 from trainer.model.policy import PreferenceModel
 from trainer.parallel import fsdp2, zero3
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 Make = Callable[[nn.Module, RunConfig], torch.optim.Optimizer]
 Prepared = tuple[nn.Module, torch.optim.Optimizer]
@@ -114,13 +118,15 @@ class Replicated:
             options=_OPTIONS,
         )
 
-    def _state(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    def _state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         model, moments = get_state_dict(self.model, optimizer, options=_OPTIONS)
         return {"model": model, "optimizer": moments}
 
 
 class FSDP2(Replicated):
     """Shards by torch."""
+
+    model: PreferenceModel
 
     @staticmethod
     def check_device(config: RunConfig, accelerator: Accelerator) -> torch.device:
@@ -142,6 +148,8 @@ class FSDP2(Replicated):
 
 class Zero3(Replicated):
     """Shards by DeepSpeed, whose engine clips and updates in one call."""
+
+    model: DeepSpeedEngine
 
     @staticmethod
     def prepare(

@@ -13,12 +13,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config.fields import RunConfig
 from trainer.errors import InputError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 PERSISTENT = 100_000  # parameters of fewer elements stay whole, as by DeepSpeed's default
 
@@ -44,7 +48,7 @@ def check_zero3(config: RunConfig) -> None:
 
 def partition(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig
-) -> tuple[nn.Module, torch.optim.Optimizer]:
+) -> tuple[DeepSpeedEngine, torch.optim.Optimizer]:
     """The engine, which stands for `model`, and the optimizer that it steps."""
     import deepspeed
 
@@ -67,7 +71,7 @@ def partition(
 
 
 @contextlib.contextmanager
-def waiting(engine: nn.Module) -> Iterator[None]:
+def waiting(engine: DeepSpeedEngine) -> Iterator[None]:
     """A pass after which the step goes on."""
     engine.set_gradient_accumulation_boundary(False)
     try:
@@ -76,13 +80,13 @@ def waiting(engine: nn.Module) -> Iterator[None]:
         engine.set_gradient_accumulation_boundary(True)
 
 
-def update(engine: nn.Module) -> float:
+def update(engine: DeepSpeedEngine) -> float:
     """Clip, update, clear the gradients; returns their norm before clipping."""
     engine.step()
     return float(engine.get_global_grad_norm())
 
 
-def whole_weights(engine: nn.Module) -> dict[str, Tensor]:
+def whole_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     """The weights, gathered one by one, on rank 0's CPU; every rank must call this."""
     import deepspeed
 
@@ -95,12 +99,12 @@ def whole_weights(engine: nn.Module) -> dict[str, Tensor]:
     return weights | {name: x.cpu() for name, x in model.named_buffers() if name in saved}
 
 
-def save(engine: nn.Module, folder: Path) -> None:
+def save(engine: DeepSpeedEngine, folder: Path) -> None:
     """Write the parts of weights and moments; every rank must call this."""
     engine.save_checkpoint(folder.parent, tag=folder.name, save_latest=False)
 
 
-def load(engine: nn.Module, folder: Path, ranks: int) -> None:
+def load(engine: DeepSpeedEngine, folder: Path, ranks: int) -> None:
     """Read what as many ranks have written.
 
     Raises:

@@ -71,7 +71,7 @@ def data_key(pairs: Iterable[Pair]) -> str:
         for sequence in (pair.chosen, pair.rejected):
             ids = np.asarray((sequence.ids, sequence.labels), dtype=np.int64)
             digest.update(f"{ids.shape[1]} ".encode())
-            digest.update(ids)
+            digest.update(ids.data)
     return digest.hexdigest()
 
 

@@ -31,7 +31,7 @@ from trainer.data.batches import Batch, Split, named_pairs, pack
 from trainer.data.steps import Step, first_visits
 from trainer.errors import InputError
 from trainer.model import adapters
-from trainer.model.fit import check_fit
+from trainer.model.fit import check_fit, vocabulary_size
 from trainer.model.loading import load_model, load_tokenizer, locate_model, named
 from trainer.model.policy import PreferenceModel
 from trainer.model.probe import check_model
@@ -118,11 +118,11 @@ def _other_model(
 ) -> PreferenceModel:
     """`ref_model_name_or_path`, checked as the policy is, and to mean the same by every token."""
     with named("ref_model_name_or_path"):
+        assert config.ref_model_name_or_path is not None
         own = replace(config, model_name_or_path=config.ref_model_name_or_path, gguf_file=None)
         _check_tokens(tokenizer, load_tokenizer(locate_model(own), None), splits)
         model = _second_model(own, policy, accelerator)
-        here, there = (m.get_input_embeddings().num_embeddings
-                       for m in (policy.language_model, model.language_model))  # fmt: skip
+        here, there = (vocabulary_size(m.language_model) for m in (policy, model))
         if here != there:
             raise InputError(
                 f"expected a model with the policy's vocabulary of {here} tokens, got {there}"

@@ -10,6 +10,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from rpo_kernels import fused_rpo_loss
 from tests.support import assert_within_plain_budget
 from tests.trainer.tiny import (
     EPS,
@@ -33,9 +34,8 @@ from trainer.data.batches import pack
 from trainer.data.steps import Step
 from trainer.errors import InputError
 from trainer.loop import run_step
-from trainer.model import head
 from trainer.model.adapters import add_adapters, quantization, switched_off
-from trainer.model.head import fuse_lm_head
+from trainer.model.head import fuse_head
 from trainer.model.loading import load_model
 from trainer.reference.cache import model_key
 from trainer.reference.modes import lookup, scorer
@@ -116,11 +116,9 @@ def test_the_adapter_folder_loads_and_merges(train):
 
 def test_only_adapters_are_trained_and_the_loss_sees_a_frozen_head(monkeypatch):
     seen, split = [], tiny_split(2)
-    ours = head.fused_rpo_loss
     monkeypatch.setattr(
-        head,
-        "fused_rpo_loss",
-        lambda h, w, *a, **k: seen.append(w.requires_grad) or ours(h, w, *a, **k),
+        "trainer.model.policy.fused_rpo_loss",
+        lambda h, w, **k: seen.append(w.requires_grad) or fused_rpo_loss(h, w, **k),
     )
     split.reference = lookup(shifted_reference(2))
     policy, accelerator = adapted()
@@ -231,9 +229,7 @@ def test_4_bit_weights_train_adapters(tmp_path, monkeypatch):
     monkeypatch.undo()
     model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path), quantization_config=how)
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
-    assert model_key(fuse_lm_head(model), "float32") != model_key(
-        fuse_lm_head(tiny_llama()), "float32"
-    )
+    assert model_key(fuse_head(model), "float32") != model_key(fuse_head(tiny_llama()), "float32")
     split = tiny_split(2)
     split.reference = lookup(shifted_reference(2))
     policy, accelerator = adapted(model)

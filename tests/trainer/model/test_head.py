@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from rpo_kernels.integrations.head import FusedLMHead
 from tests.trainer.tiny import (
     gradient,
     relative,
@@ -19,7 +20,7 @@ from tests.trainer.tiny import (
 from trainer.data.steps import Step
 from trainer.errors import InputError
 from trainer.loop import run_step
-from trainer.model.head import FusedLMHead, fuse_lm_head
+from trainer.model.head import fuse_head
 from trainer.model.loading import save_model
 from trainer.model.probe import check_model
 from trainer.reference.modes import lookup
@@ -56,7 +57,7 @@ TRANSFORMS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "fields", "scale", "softcap"), TRANSFORMS)
 def test_what_a_model_does_to_its_logits_is_measured(kind, fields, scale, softcap, dtype):
-    head = fuse_lm_head(tiny_model(kind, **fields).to(dtype)).get_output_embeddings()
+    head = fuse_head(tiny_model(kind, **fields).to(dtype)).get_output_embeddings()
     assert head.logit_scale == pytest.approx(scale, rel=1e-12)
     assert head.logit_softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-12))
 
@@ -82,7 +83,7 @@ class Scaled(LlamaForCausalLM):
 
 def test_a_scale_below_a_softcap_in_float32_is_measured():
     torch.manual_seed(0)
-    head = fuse_lm_head(Scaled(tiny_model("llama").config)).lm_head
+    head = fuse_head(Scaled(tiny_model("llama").config)).lm_head
     assert head.logit_scale == pytest.approx(0.7, rel=1e-7)
     assert head.logit_softcap == pytest.approx(30, rel=1e-7)
 
@@ -114,26 +115,26 @@ def test_another_form_is_refused_with_what_was_seen(form):
             return output
 
     with pytest.raises(InputError, match="Odd: its logits are not .*(becomes|the logits are)"):
-        fuse_lm_head(Odd(tiny_model("llama").config))
+        fuse_head(Odd(tiny_model("llama").config))
 
 
 def test_a_negative_scale_is_refused_as_such():
     with pytest.raises(InputError, match="with a scale > 0: .* becomes .*; change the sign"):
-        fuse_lm_head(tiny_model("granite", logits_scaling=-2.0))
+        fuse_head(tiny_model("granite", logits_scaling=-2.0))
 
 
 def test_a_config_with_which_no_forward_runs_is_refused():
     model = tiny_llama()
     model.model.layers[0].self_attn.head_dim = 5
     with pytest.raises(InputError, match="LlamaForCausalLM: its forward fails on 4 made-up tokens"):
-        fuse_lm_head(model)
+        fuse_head(model)
 
 
 def test_a_head_that_is_no_linear_is_refused():
     model = tiny_llama()
     model.set_output_embeddings(torch.nn.Sequential(model.lm_head))
     with pytest.raises(InputError, match="expected an output layer of type Linear, got Sequential"):
-        fuse_lm_head(model)
+        fuse_head(model)
 
 
 class NoTokenizer:
@@ -143,7 +144,7 @@ class NoTokenizer:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_fused_model_generates_and_saves_like_any_other(tied, tmp_path):
-    plain, fused = tiny_llama(tied), fuse_lm_head(tiny_llama(tied))
+    plain, fused = tiny_llama(tied), fuse_head(tiny_llama(tied))
     prompt = torch.tensor([[5, 6, 7]])
     settings = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(fused.generate(prompt, **settings), plain.generate(prompt, **settings))
@@ -159,7 +160,7 @@ def test_a_fused_model_generates_and_saves_like_any_other(tied, tmp_path):
 def test_the_head_works_below_a_peft_model(tied, tmp_path):
     split = tiny_split(2)
     split.reference = lookup(REFERENCE)
-    model = fuse_lm_head(tiny_llama(tied))
+    model = fuse_head(tiny_llama(tied))
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(model, lora).eval()
     assert type(model.get_base_model().lm_head) is FusedLMHead

@@ -25,7 +25,7 @@ from trainer.data.steps import plan_pass
 from trainer.errors import InputError
 from trainer.loop import run_step
 from trainer.model.generate import first_prompts, take_samples
-from trainer.model.head import fuse_lm_head
+from trainer.model.head import fuse_head
 
 TIMINGS = ("tokens_per_second", "step_seconds", "eval/seconds", "peak_memory_gb")
 
@@ -130,7 +130,7 @@ def test_samples_without_held_out_pairs_are_refused():
 def test_training_goes_on_as_it_was():
     """Adapters' dropout off while answering, on again in the next step; gradients untouched."""
     lora = LoraConfig(lora_dropout=0.5, target_modules=["q_proj"])
-    policy, _ = tiny_policy(get_peft_model(fuse_lm_head(tiny_llama()), lora))
+    policy, _ = tiny_policy(get_peft_model(fuse_head(tiny_llama()), lora))
     accelerator, split = Accelerator(cpu=True), tiny_split(2)
     config = tiny_config(sample_prompts=1, max_new_tokens=2, eval_split_ratio=0.5)
     split.reference = lambda batch: torch.full((2 * len(batch.indices),), -20.0)
