@@ -1,6 +1,6 @@
 """Does it fit in memory, and what does it cost.
 
-    python -m rpo_kernels.plan --config config.json --pairs 1 --length 32768
+    python -m rpo_kernels.plan --config Qwen/Qwen3-1.7B --pairs 1 --length 32768 --device_gib 40
 
 Memory comes from the same functions that the engines size their buffers with; peers' memory from
 what their code allocates (their versions stand in the `bench` extra). Work is counted in U =
@@ -13,14 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from rpo_kernels.engines.panel import capacity, row_bytes
+from rpo_kernels.spec import Settings
+from rpo_kernels.strategy import default_workspace_mb, resolve_strategy
 
 GIB = 2**30
+WORKSPACE_MB = 4096.0  # of a GPU with 80 GiB, where none is here
+LEAST_MB = 64  # smaller workspaces are not proposed
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -105,6 +111,65 @@ def peers(shape: Shape) -> list[Cost]:
     ]
 
 
+def auto(shape: Shape, dtype: torch.dtype) -> Cost:
+    """What ``strategy="auto"`` takes on a GPU: asked, not told a second time."""
+    weight = torch.empty(shape.vocab, shape.width, dtype=dtype, device="meta")
+    settings = Settings(
+        ignore_index=-100, scale=1.0, softcap=None, dtype=dtype, validate=True, tolerance=0.0,
+        max_bytes=shape.max_bytes, strategy="auto", backend="auto",
+        needs=[True, not shape.frozen, False],
+    )  # fmt: skip
+    rows, sequences = 2 * shape.pairs * shape.length, 2 * shape.pairs
+    found = resolve_strategy(settings, weight, rows, sequences).strategy
+    return streaming(shape) if found == "stream" else recompute(shape)
+
+
+def input_bytes(shape: Shape) -> int:
+    """Weight and hidden states, and their gradients."""
+    weight = shape.vocab * shape.width * shape.itemsize
+    hidden = 2 * shape.pairs * shape.length * shape.width * shape.itemsize
+    return weight * (1 if shape.frozen else 2) + 2 * hidden
+
+
+def remedies(shape: Shape) -> list[tuple[str, Shape]]:
+    """What makes a call smaller, the least change first: a smaller workspace, then fewer pairs."""
+    found, mib = [], 2**20
+    budget = shape.max_bytes // 2
+    while budget >= LEAST_MB * mib:
+        found.append((f"--max_workspace_mb {budget / mib:g}", shape._replace(max_bytes=budget)))
+        budget //= 2
+    least = shape._replace(max_bytes=min(shape.max_bytes, LEAST_MB * mib))
+    pairs = shape.pairs // 2
+    while pairs:
+        words = f"--max_workspace_mb {least.max_bytes / mib:g} and --pairs {pairs}, accumulated"
+        found.append((words, least._replace(pairs=pairs)))
+        pairs //= 2
+    return found
+
+
+def answer(shape: Shape, dtype: torch.dtype, device_gib: float | None) -> str:
+    """Will it fit? In a sentence or two, with what would where it does not."""
+
+    def total(of: Shape) -> float:
+        return (input_bytes(of) + auto(of, dtype).extra) / GIB
+
+    verb = {"stream": "streams", "recompute": "recomputes"}[auto(shape, dtype).name]
+    takes = f'strategy="auto" {verb} and takes {total(shape):.2f} GiB'
+    if device_gib is None:
+        return f"{takes}."
+    if total(shape) <= device_gib:
+        return f"It fits: {takes} of {device_gib:.4g}."
+    no = f"It does not fit: {takes}, of {device_gib:.4g}."
+    for words, smaller in remedies(shape):
+        if total(smaller) <= device_gib:
+            return f"{no} It would with {words}: {total(smaller):.2f} GiB."
+    frozen = "" if shape.frozen else "train adapters on a frozen head (--frozen), or "
+    return (
+        f"{no} No workspace and no number of pairs changes that: {frozen}shorten sequences, or "
+        "shard the model over several GPUs."
+    )
+
+
 def costs(shape: Shape) -> list[Cost]:
     """Both strategies, then the peers."""
     return [streaming(shape), recompute(shape), *peers(shape)]
@@ -148,9 +213,38 @@ def estimates(path: Path, shape: Shape, dtype: str) -> tuple[dict[str, float], s
     return seconds, device
 
 
-def read_config(path: str) -> tuple[int, int]:
-    """``(hidden size, vocabulary size)`` of a model folder or config.json."""
-    file = Path(path)
+def from_hub(name: str) -> Path:
+    """config.json of a model on the hub, and nothing else of it.
+
+    Raises:
+        SystemExit: it cannot be had.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise SystemExit(
+            f"--config: {name} is no file or folder here; to look it up on the hub, run: "
+            "pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # no network, no such model, gated: its message says which
+        reason = str(error).strip().splitlines()[0]
+        raise SystemExit(
+            f"--config: {name} is no file or folder here, and the hub does not give its "
+            f"config.json: {reason}; pass --hidden_size and --vocab_size"
+        ) from None
+
+
+def read_config(source: str) -> tuple[int, int]:
+    """``(hidden size, vocabulary size)`` of a config.json, a model folder, or a model on the hub.
+
+    Raises:
+        SystemExit: there is none, or it does not tell.
+    """
+    file = Path(source)
+    if not file.exists() and HUB_ID.fullmatch(source) and file.suffix != ".json":
+        file = from_hub(source)
     file = file / "config.json" if file.is_dir() else file
     try:
         config = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -170,9 +264,7 @@ def read_config(path: str) -> tuple[int, int]:
 
 def report(shape: Shape, device_gib: float | None, seconds: dict[str, float], device: str) -> str:
     """The table as text."""
-    weight = shape.vocab * shape.width * shape.itemsize
-    hidden = 2 * shape.pairs * shape.length * shape.width * shape.itemsize
-    inputs = weight * (1 if shape.frozen else 2) + 2 * hidden
+    inputs = input_bytes(shape)
     lines = [
         f"head {shape.width} x {shape.vocab}, {shape.pairs} pairs of 2 x {shape.length} positions, "
         f"{shape.rows} response tokens",
@@ -196,7 +288,7 @@ def report(shape: Shape, device_gib: float | None, seconds: dict[str, float], de
 def main(argv: list[str] | None = None, prog: str = "python -m rpo_kernels.plan") -> None:
     """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("--config", help="config.json or model folder")
+    parser.add_argument("--config", help="config.json, model folder, or a model's id on the hub")
     parser.add_argument("--hidden_size", type=int)
     parser.add_argument("--vocab_size", type=int)
     parser.add_argument("--pairs", type=int, default=1, help="pairs of one call")
@@ -207,10 +299,13 @@ def main(argv: list[str] | None = None, prog: str = "python -m rpo_kernels.plan"
     parser.add_argument(
         "--max_workspace_mb",
         type=float,
-        default=4096,
-        help="default 4096, that of a GPU with 80 GiB; it has a twentieth of its memory",
+        help="default a twentieth of this machine's GPU, else 4096, that of one with 80 GiB",
     )
-    parser.add_argument("--device_gib", type=float, help="memory left for the head: does it fit?")
+    parser.add_argument(
+        "--device_gib",
+        type=float,
+        help="memory left for the head: does it fit? default what this machine's GPU has free",
+    )
     parser.add_argument("--results", type=Path, help="results JSON to scale times from")
     args = parser.parse_args(argv)
     sizes = (args.hidden_size, args.vocab_size)
@@ -219,6 +314,13 @@ def main(argv: list[str] | None = None, prog: str = "python -m rpo_kernels.plan"
     for name in ("pairs", "length", "hidden_size", "vocab_size"):
         if (given := getattr(args, name)) is not None and given < 1:
             parser.error(f"--{name}: expected at least 1, got {given}")
+    if torch.cuda.is_available():
+        here = default_workspace_mb(torch.device("cuda"))
+        free = torch.cuda.mem_get_info()[0] / GIB
+    else:
+        here, free = WORKSPACE_MB, None
+    args.max_workspace_mb = here if args.max_workspace_mb is None else args.max_workspace_mb
+    args.device_gib = free if args.device_gib is None else args.device_gib
     if not 0 < args.max_workspace_mb < math.inf:
         parser.error(f"--max_workspace_mb: expected a number above 0, got {args.max_workspace_mb}")
     if args.device_gib is not None and not 0 < args.device_gib < math.inf:
@@ -231,6 +333,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m rpo_kernels.plan"
     shape = Shape(args.pairs, args.length, response, width, vocab, itemsize, args.frozen, budget)
     found = estimates(args.results, shape, args.dtype) if args.results else ({}, "")
     print(report(shape, args.device_gib, *found))
+    print(f"\n{answer(shape, DTYPES[args.dtype], args.device_gib)}")
 
 
 if __name__ == "__main__":
