@@ -103,7 +103,7 @@ class PreferenceModel(nn.Module):
         self.pads = True
         """Whether prompts of different lengths are answered together, padded on the left."""
         self.pack(packs(language_model))
-        self.train(model.training)
+        self.train(language_model.training)
 
     def pack(self, packed: bool) -> None:
         """Run batches as packed rows, or every sequence alone."""
