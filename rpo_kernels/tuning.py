@@ -68,10 +68,12 @@ def trying(choice: Kernels | Blocks) -> Iterator[None]:
     """
     global _trial
     before, _trial = _trial, choice
+    blocks.cache_clear()
     try:
         yield
     finally:
         _trial = before
+        blocks.cache_clear()
 
 
 def is_trial() -> bool:
@@ -94,8 +96,9 @@ def kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     return found or default_kernels(device, dtype)
 
 
-def blocks(device: torch.device, dtype: torch.dtype, default: Blocks) -> Blocks:
-    """What the torch backend runs with on a CPU for tensors of `dtype`."""
+@functools.cache  # asked for every tile
+def blocks(device: torch.device, dtype: torch.dtype, threads: int, default: Blocks) -> Blocks:
+    """What the torch backend runs with on a CPU, in `threads` threads, for tensors of `dtype`."""
     if isinstance(_trial, Blocks):
         return _trial
     return saved(file_of(device), device_name(device), dtype, Blocks) or default
@@ -249,8 +252,14 @@ def save(device: torch.device, dtype: torch.dtype, choice: Kernels | Blocks, how
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     partial.write_text(json.dumps(document, indent=1) + "\n")
     partial.replace(path)
-    saved.cache_clear()
+    forget()
     return path
+
+
+def forget() -> None:
+    """Read the files again, when they are next asked for."""
+    saved.cache_clear()
+    blocks.cache_clear()
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -30,8 +30,9 @@ from rpo_kernels.spec import (
 LOG2E = math.log2(math.e)
 FLOOR = -60 * LOG2E  # lowest exponent, in base 2
 LOWEST = -1e38  # below any logit; finite, so that entries of -inf do not turn rows into NaN
-CPU_TILE = 2**20  # elements: 4 MiB in fp32, a share of the last-level cache
-CPU_ROWS = 1024  # of a tile: matmuls are slow where a tile has few vocabulary entries
+# a tile of logits on a CPU: 4 MiB in fp32, a share of the last-level cache; few rows, since matmuls
+# are slow where a tile has few vocabulary entries
+DEFAULT_BLOCKS = tuning.Blocks(elements=2**20, rows=1024)
 GPU_TILE = 2**25  # elements: 128 MiB in fp32
 
 
@@ -39,7 +40,7 @@ def tile_of(device: torch.device, dtype: torch.dtype) -> tuning.Blocks:
     """Elements and most rows of a tile: on a CPU those saved for it, if any."""
     if device.type != "cpu":
         return tuning.Blocks(GPU_TILE, GPU_TILE)
-    return tuning.blocks(device, dtype, tuning.Blocks(CPU_TILE, CPU_ROWS))
+    return tuning.blocks(device, dtype, torch.get_num_threads(), DEFAULT_BLOCKS)
 
 
 def _tile_shape(hidden: Tensor, max_bytes: int) -> tuple[int, int]:

@@ -144,10 +144,11 @@ class Sweep:
         self.hidden, self.rows, self.head, self.backend = hidden, rows, head, backend
         self.max_bytes, self.exact = settings.max_bytes, exact
         self.needs, self.tolerance = settings.needs, settings.tolerance
-        count = rows.targets.shape[0]
-        self.most = skipping.break_even(head.weight, head.dtype, count, settings.needs)
-        if self.most <= 0:
-            self.tolerance = 0.0
+        self.most = 0.0  # share of entries kept from which on skipping does not pay
+        if self.tolerance:
+            count = rows.targets.shape[0]
+            self.most = skipping.break_even(head.weight, head.dtype, count, settings.needs)
+            self.tolerance = self.tolerance if self.most > 0 else 0.0
         self.decided = not self.tolerance
         longest = max((sum(stop - start for start, stop in chunk) for chunk in chunks), default=0)
         self.acc = ACCUMULATOR[head.dtype]

@@ -25,10 +25,10 @@ FAST = tuning.Blocks(2**18, 512)
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(tuning.FOLDER, str(tmp_path / "tuned"))
-    tuning.saved.cache_clear()
+    tuning.forget()
     with one_thread():
         yield tmp_path / "tuned"
-    tuning.saved.cache_clear()
+    tuning.forget()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

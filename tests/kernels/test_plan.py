@@ -1,6 +1,7 @@
 """`python -m rpo_kernels.plan`: its memory against the engines', its times from a results file."""
 
 import json
+import sys
 import weakref
 
 import pytest
@@ -145,6 +146,66 @@ def test_model_configs(config, sizes, tmp_path):
         plan.read_config(str(tmp_path))
 
 
+def test_a_model_of_the_hub(tmp_path, monkeypatch):
+    """Its config.json alone is fetched, where no file or folder has that name."""
+    asked = []
+
+    def download(name, file):
+        asked.append((name, file))
+        (tmp_path / file).write_text('{"hidden_size": 8, "vocab_size": 9}')
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert plan.read_config("org/Some.Model-1") == plan.read_config("gpt2") == (8, 9)
+    assert asked == [("org/Some.Model-1", "config.json"), ("gpt2", "config.json")]
+    for local in (str(tmp_path / "none"), "none/config.json"):
+        with pytest.raises(SystemExit, match="not a model config"):
+            plan.read_config(local)
+    assert len(asked) == 2
+
+
+def test_a_model_that_the_hub_does_not_give(monkeypatch):
+    def refuse(name, file):
+        raise OSError("401, gated\nmore")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    wanted = "--config: org/m is no file .*: 401, gated; pass --hidden_size and --vocab_size"
+    with pytest.raises(SystemExit, match=wanted):
+        plan.read_config("org/m")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(SystemExit, match="pip install huggingface_hub"):
+        plan.read_config("org/m")
+
+
+def gib(of, dtype=torch.float32):
+    return (plan.input_bytes(of) + plan.auto(of, dtype).extra) / plan.GIB
+
+
+def test_what_auto_takes_is_what_a_call_takes():
+    wide = shape(max_bytes=2**24)
+    assert plan.auto(wide, torch.float32) == plan.streaming(wide)
+    half = wide._replace(itemsize=2)
+    assert plan.auto(half, torch.bfloat16) == plan.streaming(half)
+    assert plan.auto(half, torch.float16) == plan.recompute(half)
+    thin = shape(max_bytes=2**16)  # fewer than 256 rows
+    assert plan.auto(thin, torch.float32) == plan.recompute(thin)
+
+
+def test_whether_it_fits_is_answered():
+    large = shape(pairs=8, vocab=65_536, max_bytes=2**30)
+    room = gib(large) + 0.001
+    assert plan.answer(large, torch.float32, room).startswith('It fits: strategy="auto" streams')
+    assert plan.answer(large, torch.float32, None).endswith(f"takes {gib(large):.2f} GiB.")
+    for words, smaller in plan.remedies(large):
+        said = plan.answer(large, torch.float32, gib(smaller) + 1e-6)
+        found = next(w for w, of in plan.remedies(large) if gib(of) <= gib(smaller) + 1e-6)
+        assert said.startswith("It does not fit") and f"would with {found}:" in said
+        assert words == found or gib(dict(plan.remedies(large))[found]) <= gib(smaller) + 1e-6
+    never = plan.answer(large, torch.float32, 1e-4)
+    assert "--frozen" in never and "shorten sequences" in never
+    assert "--frozen" not in plan.answer(large._replace(frozen=True), torch.float32, 1e-4)
+
+
 PARTIAL = '{"runs": [{"spec": {}}], "device": {"name": "x"}}'
 
 
@@ -162,7 +223,7 @@ def test_command_line(tmp_path, capsys):
     words = ["--config", str(tmp_path), "--dtype", "float32", "--length", "100", "--pairs", "1"]
     plan.main([*words, "--device_gib", "0.01", "--results", str(file)])
     out = capsys.readouterr().out
-    assert "a machine" in out
+    assert "a machine" in out and "\nIt fits" in out
     rows = {line[:24].strip(): line.split() for line in out.splitlines()}
     assert rows["stream"][-1] == "2" and rows["materialized logits"][-1] == "no"
     for bad in (

@@ -33,21 +33,21 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(tuning.FOLDER, str(tmp_path / "tuned"))
     monkeypatch.setattr(tuning, "_gpu_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(tiles, "of_device", lambda device: ("sm_90", 132))
-    tuning.saved.cache_clear()
+    tuning.forget()
     yield tmp_path / "tuned"
-    tuning.saved.cache_clear()
+    tuning.forget()
 
 
 def test_what_is_saved_runs(folder, caplog):
     hidden = torch.zeros(100, 8)
-    assert torch_backend.tile_of(CPU, F32) == (torch_backend.CPU_TILE, torch_backend.CPU_ROWS)
+    assert torch_backend.tile_of(CPU, F32) == torch_backend.DEFAULT_BLOCKS
     path = tuning.save(CPU, F32, OWN, {"seconds": 1.0})
     assert path.parent == folder and " " not in path.name
     with caplog.at_level(logging.INFO, "rpo_kernels"):
         for _ in range(3):
             assert torch_backend._tile_shape(hidden, 2**30) == (128, 32)  # 4096 / 32
     assert [str(path) in line for line in caplog.messages] == [True]  # once
-    assert torch_backend.tile_of(CPU, BF16).rows == torch_backend.CPU_ROWS
+    assert torch_backend.tile_of(CPU, BF16).rows == torch_backend.DEFAULT_BLOCKS.rows
     assert [file.name for file in folder.iterdir()] == [path.name]  # no partial file is left
 
 
@@ -142,7 +142,7 @@ def test_a_damaged_or_foreign_file_is_ignored_by_name(how, caplog):
 def test_blocks_are_checked_too(value, caplog):
     path = tuning.save(CPU, F32, OWN, {})
     path.write_text(path.read_text().replace('"rows": 32', f'"rows": {json.dumps(value)}'))
-    assert torch_backend.tile_of(CPU, F32).rows == torch_backend.CPU_ROWS
+    assert torch_backend.tile_of(CPU, F32).rows == torch_backend.DEFAULT_BLOCKS.rows
     assert "rows: expected a number from 1 to 2^30" in caplog.text
 
 
