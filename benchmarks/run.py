@@ -66,7 +66,7 @@ def run_case(
     budget_s: float | None = None,
 ) -> dict:
     """Measure the problems one after the other and save after each; problems that `path` already
-    holds are kept. Each says of which commit it is: a file may be gone on with later.
+    holds are kept. Each says of which commit it is: a later run may add to the file.
 
     With `budget_s` each problem gets a share of the seconds left, by its size. What is running
     stands in ``<path>.doing``.
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--cap_s", type=float, default=120, help="longest warm call that is timed")
     parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
-    parser.add_argument("--output", type=Path, help="file to write, or to go on with")
+    parser.add_argument("--output", type=Path, help="file to write, or to add to")
     parser.add_argument("--budget_s", type=float, help="seconds for everything")
     parser.add_argument("--hang_s", type=float, help="exit when one check takes longer")
     a = parser.parse_args(arguments)

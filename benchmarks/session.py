@@ -4,7 +4,7 @@ Correctness first, then every shape, small ones first, one JSON file that is sav
 work runs in a child process, so that no peer can end the session: where the child dies or hangs (an
 illegal memory access takes the CUDA context with it), this driver records what it was doing, leaves
 that implementation out of that problem (out of all, the second time) and starts another child,
-which goes on from the file. `--smoke` runs the same code at toy size on the CPU.
+which resumes from the file. `--smoke` runs the same code at toy size on the CPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped.
+"""Checkpoints: all that a run needs to resume as if it had never stopped.
 
     output_dir/checkpoint-12/
         progress.json    step, rows of metrics and samples so far, steps not yet in a row,
@@ -8,7 +8,7 @@
 
 A folder of that name is complete: it is written and flushed under another name, then renamed. The
 rest of a run (plan, data, reference) follows from its config and data; a checkpoint holds a
-fingerprint of these, and a run that would go on differently is refused.
+fingerprint of these, and a run that would resume differently is refused.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def fingerprint(
 
 
 def check_fingerprint(folder: Path, now: dict[str, object]) -> None:
-    """Refuse to go on with what differs from `now`.
+    """Refuse to resume with what differs from `now`.
 
     Raises:
         InputError: naming the first field that differs, its old and its new value.

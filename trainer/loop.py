@@ -255,7 +255,7 @@ def evaluation_due(training: Training, config: RunConfig, last: int) -> bool:
     """Whether an evaluation belongs here and is not among the rows.
 
     It belongs to step 0, every `eval_steps` and the step `last`; a run that was stopped leaves it
-    to the one that goes on.
+    to the one that resumes it.
     """
     step, every = training.step, config.eval_steps
     done = any(row["step"] == step and "eval/loss" in row for row in training.log.rows)

@@ -178,7 +178,7 @@ def only_writer(output_dir: str) -> Iterator[None]:
 def check_output_dir(config: RunConfig, checkpoint: Path | None) -> None:
     """Refuse to replace an earlier run unasked.
 
-    The folder of the checkpoint to go on from is no earlier run, nor, for `auto`, is one that was
+    The folder of the checkpoint to resume from is no earlier run, nor, for `auto`, is one that was
     stopped before its first checkpoint.
 
     Raises:

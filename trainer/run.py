@@ -128,7 +128,7 @@ def run_locked(config: RunConfig) -> list[dict[str, float]]:
 
     if resumed:
         checkpoint.load(training, resumed, accelerator)
-        console.say(f"goes on after step {training.step} of {len(plans['train'])}, from {resumed}")
+        console.say(f"resumes after step {training.step} of {len(plans['train'])}, from {resumed}")
     if evaluation_due(training, config, len(plans["train"])):
         evaluate_now()
     todo = (training, splits["train"], plans["train"])
@@ -148,7 +148,7 @@ def with_dtype(config: RunConfig) -> RunConfig:
 
 
 def check(config: RunConfig) -> Path | None:
-    """Refuse what cannot run, before any work; returns the checkpoint to go on from, if any."""
+    """Refuse what cannot run, before any work; returns the checkpoint to resume from, if any."""
     output.check_trackers(config)
     check_layers(config)
     check_optimizer(config)
@@ -192,7 +192,7 @@ def forget_prefixes(splits: dict[str, Split]) -> None:
 def open_log(
     config: RunConfig, splits: dict[str, Split], resumed: Path | None, accelerator: Accelerator
 ) -> output.RunLog:
-    """The output folder, emptied of another run, with the rows of the checkpoint to go on from."""
+    """The output folder, emptied of another run, with the rows of the checkpoint to resume from."""
     earlier: Mapping[str, Any] = checkpoint.read_progress(resumed) if resumed else {}
     reports = {name: split.report for name, split in splits.items()}
     log = output.RunLog(config, reports, earlier, accelerator)

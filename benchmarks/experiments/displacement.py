@@ -14,7 +14,7 @@ All methods of a setting start from the same weights and see the same pairs; a s
 
     python -m benchmarks.experiments.displacement --output_dir outputs/displacement
 
-What is finished is not repeated, so a stopped experiment goes on with the same command.
+What is finished is not repeated, so the same command resumes a stopped experiment.
 """
 
 from __future__ import annotations

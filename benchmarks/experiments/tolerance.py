@@ -9,7 +9,7 @@ spread of the exact ones, and is of use where steps are shorter.
 
     python -m benchmarks.experiments.tolerance --output_dir outputs/displacement
 
-What is finished is not repeated, so a stopped experiment goes on with the same command.
+What is finished is not repeated, so the same command resumes a stopped experiment.
 """
 
 from __future__ import annotations

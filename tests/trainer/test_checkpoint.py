@@ -214,7 +214,7 @@ def test_damaged_checkpoints_are_named_and_left_out(tiny, tmp_path, capsys):
         resume(tiny, folder, folder / "checkpoint-4", *words)
     resume(tiny, folder, "auto", *words)
     said = capsys.readouterr().out
-    assert f"warning: {weights} is damaged: expected" in said and "goes on after step 2 of" in said
+    assert f"warning: {weights} is damaged: expected" in said and "resumes after step 2 of" in said
     found = load_file(folder / "model" / "model.safetensors")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     for progress in folder.glob("*/progress.json"):
@@ -224,7 +224,7 @@ def test_damaged_checkpoints_are_named_and_left_out(tiny, tmp_path, capsys):
 
 
 def test_the_limit_spares_what_was_just_saved(tiny, tmp_path):
-    """The run goes on from an older checkpoint beside a later one."""
+    """The run resumes from an older checkpoint beside a later one."""
     folder = tmp_path / "out"
     words = ["--max_steps", "4", "--eval_steps", "0"]
     run.run(parse_config([*tiny, *words, "--save_steps", "2", "--output_dir", str(folder)]))

@@ -254,7 +254,7 @@ class Chat:
 
     def _tail(self) -> tuple[str, str, str]:
         """What follows the content of a last answer, the token that opens a user's turn, and what
-        follows an answer's content where the user goes on.
+        follows an answer's content where the user speaks next.
 
         A token that opens turns and closes none is no end of one.
         """
@@ -278,7 +278,7 @@ class Chat:
         return self._ending
 
     def _between(self, question: Message, head: str) -> str:
-        """What follows an answer's content where the user goes on; nothing if that is unknown."""
+        """What follows an answer's content where the user speaks next; nothing if unknown."""
         answer = {"role": "assistant", "content": "A"}
         try:
             text = self._render([question, answer, question], None, opened=False)

@@ -1,4 +1,4 @@
-"""Answers of models to a prompt file, in batches; a killed run goes on where it stopped.
+"""Answers of models to a prompt file, in batches; a killed run resumes where it stopped.
 
 Batches are cut from the prompt file in order, and each has a seed of its own. So a run that was
 interrupted gives the very answers that it would have given in one go.
@@ -64,7 +64,7 @@ def generate(
 
 
 def _day_of(paths: Iterable[Path]) -> str | None:
-    """The day on which the first answers were begun, so that a killed run goes on with it."""
+    """The day on which the first answers were begun, so that a resumed run keeps it."""
     for path in filter(Path.exists, paths):
         with JsonlLog(path) as log:
             if log.rows:

@@ -159,7 +159,7 @@ def ask_all(requests: list[Request], by: Judge):
         except openai.OpenAIError as error:
             raise InputError(
                 f"{by.base_url}: {type(error).__name__}: {error}; what was judged so far is kept: "
-                "run the same command again to go on"
+                "run the same command again to resume"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

@@ -106,7 +106,7 @@ def handlers(config: RunConfig) -> list[KwargsHandler]:
     return [
         InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout)),
         # DDP would order its buckets anew after its first backward, and with them its sums over
-        # ranks: a resumed run would begin with other roundings than the run that went on. It does
-        # not where it looks for unused parameters, which also may be there then.
+        # ranks: a resumed run would begin with other roundings than one that was not stopped. It
+        # does not where it looks for unused parameters, which also may be there then.
         DistributedDataParallelKwargs(find_unused_parameters=True),
     ]

@@ -68,7 +68,7 @@ class Replicated:
         return accelerator.prepare(policy, make(policy, config))
 
     def waiting(self) -> contextlib.AbstractContextManager:
-        """A pass after which the step goes on, so that nothing need be reduced yet."""
+        """A pass that is not the step's last, so that nothing need be reduced yet."""
         return self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor) -> None:
@@ -159,7 +159,7 @@ class Zero3(Replicated):
         return zero3.partition(policy, make(policy, config), config)
 
     def waiting(self) -> contextlib.AbstractContextManager:
-        """A pass after which the step goes on."""
+        """A pass that is not the step's last."""
         return zero3.waiting(self.model)
 
     def backward(self, loss: Tensor) -> None:

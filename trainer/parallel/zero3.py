@@ -72,7 +72,7 @@ def partition(
 
 @contextlib.contextmanager
 def waiting(engine: DeepSpeedEngine) -> Iterator[None]:
-    """A pass after which the step goes on."""
+    """A pass that is not the step's last."""
     engine.set_gradient_accumulation_boundary(False)
     try:
         yield
@@ -114,6 +114,6 @@ def load(engine: DeepSpeedEngine, folder: Path, ranks: int) -> None:
     if written != ranks:
         raise InputError(
             f"resume_from_checkpoint: {folder.parent} holds the parts of {written} processes, "
-            f"got {ranks}; ZeRO-3 goes on with as many"
+            f"got {ranks}; ZeRO-3 resumes with as many"
         )
     engine.load_checkpoint(folder.parent, tag=folder.name)

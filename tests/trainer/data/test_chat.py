@@ -386,7 +386,7 @@ def test_a_run_resumed_tomorrow_is_the_same_run(dated, tmp_path, monkeypatch, ca
     set_clock(monkeypatch, "2026-03-05")
     words = [*dated, "--output_dir", str(cut), "--resume_from_checkpoint", "auto"]
     capsys.readouterr()
-    run.run(parse_config([*words, "--dry_run"]))  # shows what goes on, not what would begin
+    run.run(parse_config([*words, "--dry_run"]))  # shows what is resumed, not what would begin
     assert "the chat template writes the date: 2026-03-04" in capsys.readouterr().out
     run.run(parse_config(words))
     ours, theirs = outcome(cut), outcome(whole)
@@ -410,7 +410,7 @@ def test_every_rank_has_the_first_one_s_day(monkeypatch):
 
 
 def test_answers_of_two_days_have_one_prompt(tmp_path, monkeypatch):
-    """A killed evaluation goes on with the day on which it was begun."""
+    """A killed evaluation resumes with the day on which it was begun."""
     source = tmp_path / "model"
     save_tiny(source)
     (source / "chat_template.jinja").write_text(DATED)
