@@ -6,9 +6,9 @@ From the default recipe's model, several methods and seeds in every setting (`SE
                       over wrong (`arithmetic`)
     sums, β = 0.5     the same with a larger β
     sums, new style   the same start; the chosen answers are written in a style that it never uses
-    sums, no SFT      the pairs of sums, answers of another model then, from the model as it comes
+    sums, no SFT      the pairs of sums, answers of another model then, from the untuned model
     written           fine-tuned on the chosen responses; pairs are those of the default recipe
-    written, no SFT   the same pairs, from the model as it comes
+    written, no SFT   the same pairs, from the untuned model
 
 All methods of a setting start from the same weights and see the same pairs; a seed is an order.
 

@@ -2,7 +2,7 @@
 
     accelerate launch trainer/run.py --config my.yaml --learning_rate 1e-5
 
-Without `--config` and without data of one's own the demo's recipe is read; one's own data start
+Without `--config` and without your own data the demo's recipe is read; your own data start
 from the defaults of `RunConfig`. An unknown key is an error that names the field that is meant.
 """
 

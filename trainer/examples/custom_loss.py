@@ -1,4 +1,4 @@
-"""A preference loss of one's own on the fused head: DPO that length cannot win.
+"""A custom preference loss on the fused head: DPO that length cannot win.
 
 R-DPO (Park et al. 2024, arXiv 2403.19159, eq. 9) subtracts alpha times the difference of lengths
 from DPO's margin. Any differentiable function of a pair's summed log-probs and token counts does.
