@@ -88,12 +88,27 @@ def pair_attention(
     asked += ["dropout"] * (dropout > 0) + ["no causality"] * (not _causal(module, kwargs))
     if asked:
         raise InputError(f"{type(module).__name__} has {asked[0]}, which cannot be packed")
-    if query.device.type == "cuda":
+    if _on_gpu(query):
+        query, key, value = _autocast(query, key, value)
         blocks = pairs.block_mask(sliding_window, query.device)
         return flex_attention_forward(
             module, query, key, value, blocks, scaling=scaling, softcap=softcap
         )[0], None
     return _by_sequence(query, key, value, pairs, scaling, sliding_window, softcap), None
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast hands them to PyTorch's own attention, and not to FlexAttention:
+    rotary embeddings leave queries and keys in float32, in which it would multiply exactly, slowly.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
 
 
 def _causal(module: nn.Module, kwargs: dict[str, object]) -> bool:

@@ -134,6 +134,24 @@ def test_flex_attention_with_the_block_mask_is_attention_by_sequence(lengths, wi
     torch.testing.assert_close(got, flex.transpose(1, 2))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_flex_attention_gets_what_autocast_gives_other_attention(dtype, monkeypatch):
+    """Rotary embeddings leave float32 queries and keys beside bfloat16 values."""
+    given, layouts_of = [], []
+
+    def flex(module, query, key, value, mask, **how):
+        given.append((query.dtype, key.dtype, value.dtype))
+        return attention._by_sequence(query, key, value, layouts_of[-1], None, None, None), None
+
+    monkeypatch.setattr(attention, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(attention, "flex_attention_forward", flex)
+    monkeypatch.setattr(PairLayout, "block_mask", lambda self, *how: layouts_of.append(self))
+    policy, pairs = tiny_policy()[0], share_prefixes(tiny_split(2).pairs)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        policy.hidden(pack(pairs, (0, 1))).sum().backward()
+    assert set(given) == {(dtype or torch.float32,) * 3}
+
+
 def test_the_mask_is_the_tree_of_prefix_and_branches():
     visible = PairLayout(((2, 1, 2), (0, 1, 1))).visible(None, torch.device("cpu"))
     places = torch.arange(7)
