@@ -160,6 +160,9 @@ def answer(shape: Shape, dtype: torch.dtype, device_gib: float | None) -> str:
     if total(shape) <= device_gib:
         return f"It fits: {takes} of {device_gib:.4g}."
     no = f"It does not fit: {takes}, of {device_gib:.4g}."
+    again = (input_bytes(shape) + recompute(shape).extra) / GIB
+    if again <= device_gib:
+        return f'{no} It would with strategy="recompute", a pass more: {again:.2f} GiB.'
     for words, smaller in remedies(shape):
         if total(smaller) <= device_gib:
             return f"{no} It would with {words}: {total(smaller):.2f} GiB."
@@ -229,10 +232,11 @@ def from_hub(name: str) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # no network, no such model, gated: its message says which
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise SystemExit(
             f"--config: {name} is no file or folder here, and the hub does not give its "
-            f"config.json: {reason}; pass --hidden_size and --vocab_size"
+            f"config.json: {reason}; log in if it is gated (hf auth login), or pass --hidden_size "
+            "and --vocab_size"
         ) from None
 
 

@@ -41,7 +41,7 @@ def test_plan_command_runs():
     result = subprocess.run(
         [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "stream" in result.stdout and "fits" in result.stdout
+    assert "recompute  " in result.stdout and "It fits: strategy=" in result.stdout
 
 
 def command(name: str) -> str:

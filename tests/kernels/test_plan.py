@@ -166,12 +166,14 @@ def test_a_model_of_the_hub(tmp_path, monkeypatch):
 
 def test_a_model_that_the_hub_does_not_give(monkeypatch):
     def refuse(name, file):
-        raise OSError("401, gated\nmore")
+        raise OSError("401 Client Error.\n\nIt is gated" if name == "org/m" else "")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-    wanted = "--config: org/m is no file .*: 401, gated; pass --hidden_size and --vocab_size"
+    wanted = "--config: org/m is no file .*: 401 Client Error. It is gated; log in .* --hidden_size"
     with pytest.raises(SystemExit, match=wanted):
         plan.read_config("org/m")
+    with pytest.raises(SystemExit, match="config.json: OSError; log in"):
+        plan.read_config("org/other")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(SystemExit, match="pip install huggingface_hub"):
         plan.read_config("org/m")
@@ -192,6 +194,10 @@ def test_what_auto_takes_is_what_a_call_takes():
 
 
 def test_whether_it_fits_is_answered():
+    small = plan.Shape(1, 32_768, 512, 1024, 32_000, 2, False, 2**26)  # pairs beyond the workspace
+    again = (plan.input_bytes(small) + plan.recompute(small).extra) / plan.GIB
+    said = plan.answer(small, torch.bfloat16, again + 1e-6)
+    assert 'would with strategy="recompute", a pass more' in said
     large = shape(pairs=8, vocab=65_536, max_bytes=2**30)
     room = gib(large) + 0.001
     assert plan.answer(large, torch.float32, room).startswith('It fits: strategy="auto" streams')
