@@ -60,7 +60,7 @@ def choose_settings(
         softcap=logit_softcap,
         dtype=_compute_dtype(hidden, weight),
         validate=validate,
-        tolerance=float(grad_tolerance) if any(needs) else 0.0,  # no gradient, nothing skipped
+        tolerance=float(grad_tolerance),
         max_bytes=int(workspace * 2**20),
         strategy=strategy,
         backend=backend,
@@ -93,6 +93,8 @@ def resolve_strategy(settings: Settings, weight: Tensor, rows: int, sequences: i
         settings = settings._replace(tolerance=0.0)
     if settings.strategy == "recompute" and settings.tolerance:
         _check_blocks(room, rows, sequences, vocab, max_bytes)
+    if not any(settings.needs):  # no gradient, nothing skipped
+        settings = settings._replace(tolerance=0.0)
     return settings
 
 
