@@ -27,6 +27,7 @@ def measure(rows: int, width: int, vocab: int, rounds: int) -> dict:
     from rpo_kernels import tuning
     from rpo_kernels.backends import triton_backend
     from rpo_kernels.doctor import candidates, timing
+    from rpo_kernels.doctor.examine import raise_, under
 
     device = torch.device("cuda", torch.cuda.current_device())
     case = candidates.random_case(rows, width, vocab, DTYPE, device)
@@ -38,28 +39,22 @@ def measure(rows: int, width: int, vocab: int, rounds: int) -> dict:
     if torch.cuda.get_device_capability(device) == (9, 0):
         ways["gluon"] = own._replace(hopper="gluon")
 
-    def run(part: str, choice: tuning.Kernels) -> None:
-        with tuning.trying(choice):
-            candidates.run(part, triton_backend, case)
-
     bare = timing.matmuls(rows, width, vocab, DTYPE, "cuda")
     calls = {
-        f"{part} {name}": functools.partial(run, part, choice)
+        f"{part} {name}": under(
+            choice, functools.partial(candidates.run, part, triton_backend, case)
+        )
         for part in candidates.PARTS
         for name, choice in ways.items()
         if (part, name) != ("lse_and_target", "vendor")  # the same kernel as "triton"
     }
     for call in (bare | calls).values():
         call()  # compiles
-    found = timing.interleave(bare | calls, rounds, "cuda", _raise)
+    found = timing.interleave(bare | calls, rounds, "cuda", raise_)
     middle = {name: statistics.median(times) for name, times in found.items()}
     unit = statistics.fmean(middle[name] for name in bare)
     multiples = {name: seconds / unit for name, seconds in middle.items()}
     return {"rows": rows, "width": width, "vocab": vocab, "unit_s": unit, "multiples": multiples}
-
-
-def _raise(name: str, error: Exception) -> None:
-    raise error
 
 
 def main(arguments: list[str] | None = None) -> Path:
