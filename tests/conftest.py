@@ -9,6 +9,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["RPO_KERNELS_CACHE"] = os.devnull + "/none"  # the defaults run, whatever was saved here
 
+from tests import background
+
+
+def pytest_collection_finish(session):
+    """Start what the selected tests will wait for (`tests.background`)."""
+    if not session.config.option.collectonly:
+        for item in session.items:
+            background.start(getattr(item.module, "commands", lambda item: ())(item))
+
+
+def pytest_sessionfinish():
+    background.stop()
+
 
 @pytest.fixture(autouse=True)
 def skipping_pays(monkeypatch, request):

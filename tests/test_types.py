@@ -2,14 +2,15 @@
 
 import importlib.metadata
 import re
-import subprocess
 import sys
 
 import pytest
 
+from tests import background
 from tests.support import ROOT
 
 PACKAGES = ("rpo_kernels", "trainer")
+MYPY = background.Command((sys.executable, "-m", "mypy"))
 TYPED = ("torch", "transformers", "accelerate", "peft", "mypy")
 
 
@@ -20,12 +21,14 @@ def other_versions() -> str:
     return ", ".join(f"{k} {v}" for k, v in found.items() if v != pinned[k])
 
 
+def commands(item):
+    return () if other_versions() else (MYPY,)
+
+
 @pytest.mark.skipif(bool(other_versions()), reason=f"annotations of {other_versions()}")
 def test_mypy_is_content():
     """As pyproject.toml configures it: its cache makes later runs short."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = background.result(MYPY)
     files = sum(len([*(ROOT / name).rglob("*.py")]) for name in PACKAGES)
     assert done.stdout.splitlines()[-1:] == [f"Success: no issues found in {files} source files"], (
         done.stdout + done.stderr

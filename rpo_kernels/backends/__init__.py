@@ -45,7 +45,7 @@ class Backend(Protocol):
 
         Args:
             hidden: (n, D). weight: (V, D), of hidden's dtype. bias: (V,) or None.
-            targets: (n,) int64 in [0, V); -1 for none, its third result then means nothing.
+            targets: (n,) int64; where one is outside [0, V), the third result means nothing.
             transform: scale and softcap.
             max_bytes: bound on temporaries.
 

@@ -14,7 +14,7 @@ rows of the matmuls' small operands instead.
 A log-sum-exp is kept as the pair ``(c, S)``, in `recompute` too: as one float32 number it would
 round to eps * |z|, and so would every probability.
 
-``c`` is the log-sum-exp over the first `PROBE` vocabulary entries, or the target's logit if that is
+``c`` is the largest logit of the first `PROBE` vocabulary entries, or the target's if that is
 larger, which keeps S moderate: a large one would turn far tails into denormal products with 1 / S.
 A row whose largest logit lies more than about 60 above ``c`` could overflow: `overflowed` then says
 so, and the caller fills again with ``exact=True``, whose ``c`` is the log-sum-exp over all entries
@@ -123,19 +123,20 @@ def fill_panel(
     h = rows.take(hidden, 0, n).to(head.dtype)
     step = stride(n, hidden.device)
     values = buffer[: vocab * step].view(vocab, step)[:, :n]
-    none, room = torch.full_like(rows.targets, -1), slack(max_bytes)
-    logs = []
-    for _, weight, bias in head.panels() if exact else [next(head.panels(PROBE))]:
-        low, part, _ = backend.lse_and_target(h, weight, bias, none, head.transform, max_bytes // 8)
-        logs.append(low + part.log2())
+    room = slack(max_bytes)
+    found = [
+        backend.lse_and_target(h, weight, bias, rows.targets, head.transform, max_bytes // 8)
+        for _, weight, bias in (head.panels() if exact else [next(head.panels(PROBE))])
+    ]
     if exact:
+        logs = [low + part.log2() for low, part, _ in found]
         shift = functools.reduce(torch.logaddexp2, logs)
     else:
         targets = backend.target_logits(
             h, rows.targets, head.weight, head.bias, head.transform, room
         )
-        shift = torch.maximum(logs[0], targets)
-    sums, target = torch.zeros_like(shift), torch.zeros_like(shift)
+        shift = torch.maximum(found[0][0], targets)
+    sums, target = shift.new_zeros(2, step)[:, :n]
     for v0, weight, bias in head.panels():
         backend.exp_panel(
             h, weight, bias, shift, rows.targets, v0, head.transform,

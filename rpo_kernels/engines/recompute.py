@@ -67,7 +67,7 @@ def forward(
             local = targets - v0
             inside = (local >= 0) & (local < weight.shape[0])
             shift, sums, y = backend.lse_and_target(
-                h, weight, bias, torch.where(inside, local, -1), head.transform, max_bytes // 2
+                h, weight, bias, local, head.transform, max_bytes // 2
             )
             # every panel has a shift of its own: bring both to the larger one
             before, found = found, merge(found, (shift, sums))

@@ -191,14 +191,15 @@ class Sweep:
         self.sums.append(panel.sums)
         return panel
 
-    def matmuls(self, panel: Panel, coef: Tensor, sums: Sums) -> Tensor | None:
-        """Add ``E @ (-coef / S * H)`` to `sums`; return ``E^T @ W``, (n, D), if hidden needs it:
-        2U.
+    def matmuls(self, panel: Panel, coef: Tensor, sums: Sums) -> tuple[Tensor | None, Tensor]:
+        """Add ``E @ (-coef / S * H)`` to `sums`; return ``E^T @ W``, (n, D), if hidden needs it,
+        and the ``-coef / S`` (n,) that its rows are still to be multiplied by: 2U.
         """
-        scale, sizes = 1.0, row_sizes(panel.h, self.head)
+        factor = -coef / panel.sums
+        factors, scale, sizes, dtype = factor, 1.0, row_sizes(panel.h, self.head), panel.h.dtype
         if sizes is not None or coef.device.type == "cpu":  # it synchronizes GPUs: only for fp16
             scale = scale_of(coef, sizes).item()
-        factors, dtype = row_factors(coef, scale, panel.sums), panel.h.dtype
+            factors = row_factors(coef, scale, panel.sums)
         scaled = torch.mul(panel.h, factors[:, None], out=torch.empty_like(panel.h))
         d_rows = self.hidden.new_empty(panel.h.shape, dtype=self.acc) if self.needs[0] else None
         if self.tolerance and coef.numel():
@@ -219,7 +220,7 @@ class Sweep:
                 sums.weight.add(panel.values, scaled, scale)
             if sums.bias is not None:
                 sums.bias.add(panel.values, factors[:, None].to(dtype), scale)
-        return d_rows
+        return d_rows, factor
 
     def kept_entries(self, panel: Panel, coef: Tensor) -> Tensor:
         """The entries (blocks, V) that matter for a panel; adds to the certificate."""
@@ -248,8 +249,7 @@ class Sweep:
         pairs, coef = pair_loss(group.first, group.last, panel.logps)
         if any(self.needs):
             self.decide(panel, coef)
-            d_rows = self.matmuls(panel, coef, self.totals)
-            self.put_hidden(panel.rows, d_rows, -coef / panel.sums)
+            self.put_hidden(panel.rows, *self.matmuls(panel, coef, self.totals))
         return pairs
 
     def long_pair(self, group: Group, pair_loss: PairLoss, chosen_rows: int) -> Tensor:
@@ -265,12 +265,12 @@ class Sweep:
             if any(self.needs):
                 ones = torch.ones_like(panel.logps)
                 self.decide(panel, ones)
-                d_rows = self.matmuls(panel, ones, sides[at >= chosen_rows])
+                d_rows, factor = self.matmuls(panel, ones, sides[at >= chosen_rows])
             if d_rows is not None and d_rows.dtype == self.hidden.dtype:
-                self.put_hidden(panel.rows, d_rows, 1 / panel.sums)  # waits there
+                self.put_hidden(panel.rows, d_rows, factor)  # waits there
                 d_rows = None
             elif d_rows is not None:
-                d_rows.div_(panel.sums[:, None])
+                d_rows.mul_(factor[:, None])
             parts.append((panel.rows, d_rows, panel.logps, self.mass))
             at += panel.logps.shape[0]
         pairs, coef = pair_loss(group.first, group.last, torch.cat([part[2] for part in parts]))
@@ -279,7 +279,7 @@ class Sweep:
             masses.append(mass * coef[at].abs())
             if d_rows is None and self.d_hidden is not None:
                 d_rows = rows.take(self.d_hidden, 0, len(logps))
-            self.put_hidden(rows, d_rows, -coef[at : at + len(logps)])
+            self.put_hidden(rows, d_rows, coef[at : at + len(logps)])
             at += len(logps)
         self.mass = torch.stack(masses).sum(0)
         for side, row in zip(sides, (0, chosen_rows), strict=True):

@@ -1,10 +1,7 @@
 """Every shipped tile compiles without a GPU, fits the chip, spills nothing, uses matrix units."""
 
 import json
-import os
-import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ pytest.importorskip("triton")
 
 from rpo_kernels.backends import tiles
 from rpo_kernels.losses import LOSSES
+from tests import background
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 FAMILIES = sorted(tiles.SHARED_LIMIT)
@@ -23,19 +21,22 @@ SMALL = ("pick_logits", "put_entries", "finish_rows", "scale_in_place")
 LANES = {"gfx942": 64}  # threads of a warp
 
 
-@cache
+def command(family: str, *flags: str) -> background.Command:
+    """`compile_kernels.py`, without the interpreter."""
+    words = (sys.executable, "-W", "ignore", str(SCRIPT), family, *flags)
+    return background.Command(words, (background.triton_cache(),))
+
+
+def commands(item):
+    family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
+    return [command(family)] if family else []
+
+
 def compiled(family: str, *flags: str) -> list[dict]:
-    """What `compile_kernels.py` reports, in a process of its own: no interpreter there."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), family, *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    """What `compile_kernels.py` reports."""
+    done = background.result(command(family, *flags))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
-
-
-@pytest.fixture(autouse=True)
-def fresh_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
 
 
 def problems(result: dict, family: str) -> set[str]:

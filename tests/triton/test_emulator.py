@@ -1,22 +1,19 @@
 """The kernels as compiled for NVIDIA GPUs, executed on a CPU: the tests of kernels, for each GPU.
 
 Whether Triton interprets or compiles, and for which architecture, holds for a whole process: each
-run is a pytest of its own with `tests.gpu_emulator.plugin`. Two run at a time.
+run is a pytest of its own with `tests.gpu_emulator.plugin`, beside the other tests.
 `tests/gpu_emulator/README.md` says what the emulator checks.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests import background
 
 pytest.importorskip("triton")
 import triton
@@ -49,43 +46,22 @@ def missing() -> str:
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"the emulator needs {missing()}")
 
 
-def run(cache: Path, sm: int, words: str, *files: str) -> subprocess.CompletedProcess:
+def command(sm: int, words: str, *files: str) -> background.Command:
     """pytest on an emulated GPU of capability `sm`."""
-    keep = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment = {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-p"]
-    command += [
-        "tests.gpu_emulator.plugin",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        "--tb=short",
-        "--sm",
-        str(sm),
-        "-k",
-        words,
-    ]
-    return subprocess.run(
-        command + [f"tests/{file}" for file in files],
-        cwd=ROOT,
-        env=keep | environment,
-        capture_output=True,
-        text=True,
+    plugins = "-p tests.gpu_emulator.plugin -p no:cacheprovider"
+    options = f"{plugins} -q --tb=short --sm {sm}".split()
+    return background.Command(
+        (sys.executable, "-W", "ignore", "-m", "pytest", *options, "-k", words)
+        + tuple(f"tests/{file}" for file in files),
+        (background.triton_cache(), ("OMP_NUM_THREADS", "1")),
     )
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, request):
-    """Every selected run, under way."""
-    cache = tmp_path_factory.getbasetemp() / "triton-emulated"
-    chosen = {
-        i.callspec.params["label"] for i in request.session.items if i.module is request.module
-    }
-    with ThreadPoolExecutor(2) as pool:
-        yield {label: pool.submit(run, cache, *RUNS[label]) for label in RUNS if label in chosen}
+def commands(item):
+    return () if missing() else (command(*RUNS[item.callspec.params["label"]]),)
 
 
 @pytest.mark.parametrize("label", RUNS)
-def test_as_compiled(runs, label):
-    done = runs[label].result()
+def test_as_compiled(label):
+    done = background.result(command(*RUNS[label]))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -136,9 +136,9 @@ def check_panel(n, p, width, dtype, transform, bias, v0=131):
 
 
 def check_sums(n, vocab, width, dtype, transform, bias, max_bytes=2**20):
-    """`lse_and_target`, a row without a target among the others."""
+    """`lse_and_target`, rows without a target among the others."""
     hidden, weight, offset, targets = make(n, vocab, width, dtype, bias)
-    targets[n // 2] = -1
+    targets[n // 2], targets[n // 3], targets[n // 4] = -1, vocab, vocab + 300
     shift, sums, target = backend.lse_and_target(
         hidden, weight, offset, targets, transform, max_bytes
     )
@@ -146,7 +146,7 @@ def check_sums(n, vocab, width, dtype, transform, bias, max_bytes=2**20):
     worst = off.amax(1) + (vocab + 8) * EPS + 4 * EPS * y.abs().amax(1)
     found = shift.double() + sums.double().log2()
     assert_within(found, (y * math.log(2)).logsumexp(1) * LOG2E, worst)
-    rows = (targets >= 0).nonzero()[:, 0]
+    rows = ((targets >= 0) & (targets < vocab)).nonzero()[:, 0]
     picked = y[rows, targets[rows]]
     assert_within(target.double()[rows] + shift[rows], picked, 2 * worst[rows])
 

@@ -103,12 +103,12 @@ def assert_plain(value, plain, truth, dtype=None):
 @pytest.mark.parametrize("transform, bias", [(PLAIN, False), (SCALED, True), (CAPPED, True)])
 def test_lse_and_target(dtype, transform, bias):
     hidden, weight, offset, targets = make(dtype=dtype, bias=bias)
-    targets[5] = -1
+    targets[5], targets[7], targets[11] = -1, len(weight), len(weight) + 300  # none of the entries
     lse, logps = softmax_of(hidden, weight, offset, targets, transform)
     z = logits(hidden, weight, offset, transform)
     plain = logits(hidden, weight, offset, transform, dtype)
     assert_plain(lse, plain.logsumexp(1), z.logsumexp(1))
-    rows = (targets >= 0).nonzero()[:, 0]
+    rows = ((targets >= 0) & (targets < len(weight))).nonzero()[:, 0]
     truth, same = (x.log_softmax(1)[rows, targets[rows]] for x in (z, plain))
     assert_plain(logps[rows], same, truth)
 
