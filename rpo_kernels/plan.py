@@ -21,7 +21,7 @@ import torch
 
 from rpo_kernels.engines.panel import capacity, row_bytes
 from rpo_kernels.spec import Settings
-from rpo_kernels.strategy import default_workspace_mb, resolve_strategy
+from rpo_kernels.strategy import default_workspace_mb, why_recompute
 
 GIB = 2**30
 WORKSPACE_MB = 4096.0  # of a GPU with 80 GiB, where none is here
@@ -111,17 +111,16 @@ def peers(shape: Shape) -> list[Cost]:
     ]
 
 
-def auto(shape: Shape, dtype: torch.dtype) -> Cost:
-    """What ``strategy="auto"`` takes on a GPU: asked, not told a second time."""
+def auto(shape: Shape, dtype: torch.dtype) -> tuple[Cost, str]:
+    """What ``strategy="auto"`` takes on a GPU, and why if it recomputes."""
     weight = torch.empty(shape.vocab, shape.width, dtype=dtype, device="meta")
     settings = Settings(
         ignore_index=-100, scale=1.0, softcap=None, dtype=dtype, validate=True, tolerance=0.0,
         max_bytes=shape.max_bytes, strategy="auto", backend="auto",
         needs=[True, not shape.frozen, False],
     )  # fmt: skip
-    rows, sequences = 2 * shape.pairs * shape.length, 2 * shape.pairs
-    found = resolve_strategy(settings, weight, rows, sequences).strategy
-    return streaming(shape) if found == "stream" else recompute(shape)
+    why = why_recompute(settings, weight, 2 * shape.pairs * shape.length)
+    return recompute(shape) if why else streaming(shape), why
 
 
 def input_bytes(shape: Shape) -> int:
@@ -151,9 +150,10 @@ def answer(shape: Shape, dtype: torch.dtype, device_gib: float | None) -> str:
     """Will it fit? In a sentence or two, with what would where it does not."""
 
     def total(of: Shape) -> float:
-        return (input_bytes(of) + auto(of, dtype).extra) / GIB
+        return (input_bytes(of) + auto(of, dtype)[0].extra) / GIB
 
-    verb = {"stream": "streams", "recompute": "recomputes"}[auto(shape, dtype).name]
+    _, why = auto(shape, dtype)
+    verb = f"recomputes ({why})" if why else "streams"
     takes = f'strategy="auto" {verb} and takes {total(shape):.2f} GiB'
     if device_gib is None:
         return f"{takes}."

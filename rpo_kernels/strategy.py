@@ -68,26 +68,46 @@ def choose_settings(
     )
 
 
+def why_recompute(settings: Settings, weight: Tensor, rows: int) -> str:
+    """Why "auto" recomputes, as part of a sentence; empty where it streams. The rule stands in
+    `fused_rpo_loss`.
+
+    Args:
+        weight: (V, D). rows: N at most.
+    """
+    (vocab, width), max_bytes, dtype = weight.shape, settings.max_bytes, settings.dtype
+    room = capacity(vocab, width, dtype.itemsize, max_bytes)
+    split = settings.needs[1] and rows > room  # a pair may need accumulators
+    if dtype == torch.float16:
+        return "float16 streams in as many passes"
+    if room < min(rows, BLOCK):
+        return f"the workspace holds {room} rows of the vocabulary, and so few multiply slowly"
+    if split and dtype.itemsize < 4 and weight.device.type == "cpu":
+        return "the workspace does not hold all rows, and CPUs round half-precision products"
+    if split and 8 * vocab * width > ACCUMULATOR_SHARE * max_bytes:
+        return (
+            "the workspace does not hold all rows, and accumulators for the weight take more than "
+            f"{ACCUMULATOR_SHARE} of it"
+        )
+    return ""
+
+
 def resolve_strategy(settings: Settings, weight: Tensor, rows: int, sequences: int) -> Settings:
-    """Resolve "auto" by the rule that stands in `fused_rpo_loss`.
+    """Resolve "auto", and leave tolerances out where they would not pay.
 
     Raises:
         ValueError: the workspace does not suffice for what was asked.
     """
-    (vocab, width), max_bytes, dtype = weight.shape, settings.max_bytes, settings.dtype
-    room = capacity(vocab, width, dtype.itemsize, max_bytes)
+    (vocab, width), max_bytes = weight.shape, settings.max_bytes
+    room = capacity(vocab, width, settings.dtype.itemsize, max_bytes)
     if settings.strategy == "stream" and room < 1:
         raise ValueError(
             f"max_workspace_mb: strategy='stream' expected room for one row of the vocabulary "
             f"({vocab}), got {max_bytes / 2**20:.1f} MiB; raise it or use strategy='recompute'"
         )
-    split = settings.needs[1] and rows > room  # a pair may need accumulators
-    rounds = split and dtype.itemsize < 4 and weight.device.type == "cpu"
-    heavy = split and 8 * vocab * width > ACCUMULATOR_SHARE * max_bytes
-    thin = room < min(rows, 256)
     if settings.strategy == "auto":
-        slow = dtype == torch.float16 or thin or rounds or heavy
-        settings = settings._replace(strategy="recompute" if slow else "stream")
+        recompute = why_recompute(settings, weight, rows)
+        settings = settings._replace(strategy="recompute" if recompute else "stream")
     if settings.strategy == "recompute" and weight.device.type != "cpu":
         # a panel and its products for every block: 15 times slower than exact ones on an H100
         settings = settings._replace(tolerance=0.0)

@@ -1,7 +1,8 @@
 """Long commands that share nothing with other tests: they start as soon as pytest knows its tests,
 two at a time and with the lowest priority, and the tests that need them wait for them.
 
-A test module says so with a function ``commands(item)``, what its test `item` will ask `result` for.
+A test module says so with a function ``commands(item)``: what its test `item` will ask `result`
+for.
 """
 
 from __future__ import annotations

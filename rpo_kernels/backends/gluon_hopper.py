@@ -124,14 +124,21 @@ def takes_sums(hidden: Tensor, weight: Tensor, transform: Transform) -> bool:
     return rising and _addressable(hidden) and _addressable(weight)
 
 
+@functools.cache
+def _layout(dtype: torch.dtype, rows: int, columns: int):
+    """How shared memory holds a tile: the same for every launch, and slow to find."""
+    from triton.experimental.gluon import language as gl
+
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
+
+
 def _described(matrix: Tensor, rows: int, columns: int):
     """A Gluon tensor descriptor of `matrix` for tiles of rows x columns."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    kind = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
     shape, strides = list(matrix.shape), list(matrix.stride())
+    layout = _layout(matrix.dtype, rows, columns)
     return TensorDescriptor(matrix, shape, strides, [rows, columns], layout)
 
 
@@ -204,7 +211,7 @@ def lse_partials(
     """Partial log-sum-exps over spans of the vocabulary where `takes_sums` says so.
 
     Args:
-        hidden: (n, D). weight: (V, D). bias: (V,) or None. targets: (n,) int64, -1 for none.
+        hidden: (n, D). weight: (V, D). bias: (V,) or None. targets: (n,) int64.
         partials: (2, splits, n) float32, written: largest logit and sum, in base 2.
         target: (n,) float32, set to the target's base-2 logit.
         span: vocabulary entries of a split, a multiple of `VOCAB`.

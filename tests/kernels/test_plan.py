@@ -180,17 +180,24 @@ def test_a_model_that_the_hub_does_not_give(monkeypatch):
 
 
 def gib(of, dtype=torch.float32):
-    return (plan.input_bytes(of) + plan.auto(of, dtype).extra) / plan.GIB
+    return (plan.input_bytes(of) + plan.auto(of, dtype)[0].extra) / plan.GIB
 
 
 def test_what_auto_takes_is_what_a_call_takes():
     wide = shape(max_bytes=2**24)
-    assert plan.auto(wide, torch.float32) == plan.streaming(wide)
+    assert plan.auto(wide, torch.float32) == (plan.streaming(wide), "")
     half = wide._replace(itemsize=2)
-    assert plan.auto(half, torch.bfloat16) == plan.streaming(half)
-    assert plan.auto(half, torch.float16) == plan.recompute(half)
+    assert plan.auto(half, torch.bfloat16) == (plan.streaming(half), "")
     thin = shape(max_bytes=2**16)  # fewer than 256 rows
-    assert plan.auto(thin, torch.float32) == plan.recompute(thin)
+    heavy = shape(width=2048, vocab=65_536, max_bytes=2**27)  # accumulators of 1 GiB
+    for of, dtype, word in (
+        (half, torch.float16, "float16"),
+        (thin, torch.float32, "the workspace holds"),
+        (heavy, torch.float32, "accumulators"),
+    ):
+        cost, why = plan.auto(of, dtype)
+        assert cost == plan.recompute(of) and word in why
+        assert f'strategy="auto" recomputes ({why}) and takes' in plan.answer(of, dtype, None)
 
 
 def test_whether_it_fits_is_answered():

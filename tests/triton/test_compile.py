@@ -27,9 +27,13 @@ def command(family: str, *flags: str) -> background.Command:
     return background.Command(words, (background.triton_cache(),))
 
 
+GLUON = command("sm_90", "--gluon")
+
+
 def commands(item):
-    family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
-    return [command(family)] if family else []
+    if "hopper" in item.name:
+        return [GLUON]
+    return [command(item.callspec.params["family"])] if hasattr(item, "callspec") else []
 
 
 def compiled(family: str, *flags: str) -> list[dict]:
