@@ -31,11 +31,15 @@ from trainer.run import run
 TOLERANCES = (0.0, 1e-3, 1e-2)
 SETTINGS = ("sums", "recipe")
 PANELS = {
-    "eval/loss": "loss, held-out pairs",
-    "eval/rewards/accuracies": "accuracy, held-out pairs",
-    "eval/logps/chosen_delta": "chosen log-prob against the reference, held-out pairs, nats",
+    "eval/loss": "loss",
+    "eval/rewards/accuracies": "accuracy",
+    "eval/logps/chosen_delta": "chosen log-prob, change in nats",
 }
-COLORS = {0.0: "C0", 1e-3: "C1", 1e-2: "C3"}
+STYLES = {  # curves may coincide: wide ones below, narrow ones above
+    0.0: {"color": "C0", "linewidth": 7, "alpha": 0.4},
+    1e-3: {"color": "C1", "linewidth": 3.5},
+    1e-2: {"color": "black", "linewidth": 1},
+}
 
 
 def one(experiment: Experiment, setting: str, tolerance: float, seed: int) -> dict[str, object]:
@@ -94,6 +98,17 @@ def text(groups: dict[tuple[str, float], list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def curves(groups: dict[tuple[str, float], list[dict]]) -> list[dict[str, object]]:
+    """What every run logged of `PANELS`, and its share of right answers."""
+    return [
+        {name: found[name] for name in ("setting", "tolerance", "seed", "right") if name in found}
+        | {"step": [row["step"] for row in found["rows"] if "eval/loss" in row]}
+        | {name: [row[name] for row in found["rows"] if name in row] for name in PANELS}
+        for runs in groups.values()
+        for found in runs
+    ]
+
+
 def draw(groups: dict[tuple[str, float], list[dict]], path: Path) -> None:
     """A row of panels for each setting: every seed a line, every tolerance a color."""
     settings = list(dict.fromkeys(setting for setting, _ in groups))
@@ -105,12 +120,12 @@ def draw(groups: dict[tuple[str, float], list[dict]], path: Path) -> None:
                 rows = [row for row in found["rows"] if "eval/loss" in row]
                 axis.plot(
                     [row["step"] for row in rows], [row[name] for row in rows],
-                    color=COLORS[tolerance], alpha=0.8,
-                    label=f"τ = {tolerance:g}" if seed == 0 else None,
+                    **STYLES[tolerance], label=f"τ = {tolerance:g}" if seed == 0 else None,
                 )  # fmt: skip
             axis.set(title=f"{setting}: {title}", xlabel="step")
             axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.suptitle("held-out pairs, a line for every seed")
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.savefig(path, dpi=100)
 
@@ -131,7 +146,7 @@ def main() -> None:
                 found = one(experiment, setting, tolerance, seed)
                 groups.setdefault((setting, tolerance), []).append(found)
     rows = [{"setting": k[0], "tolerance": k[1], **summary(v)} for k, v in groups.items()]
-    write_json(experiment.root / "tolerance.json", {"summary": rows})
+    write_json(experiment.root / "tolerance.json", {"summary": rows, "runs": curves(groups)})
     draw(groups, experiment.root / "tolerance.png")
     print(text(groups))
 
