@@ -87,7 +87,7 @@ def why_recompute(settings: Settings, weight: Tensor, rows: int) -> str:
     if split and 8 * vocab * width > ACCUMULATOR_SHARE * max_bytes:
         return (
             "the workspace does not hold all rows, and accumulators for the weight take more than "
-            f"{ACCUMULATOR_SHARE} of it"
+            f"{ACCUMULATOR_SHARE} workspaces"
         )
     return ""
 
