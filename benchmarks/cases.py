@@ -1,8 +1,9 @@
 """The problems that are timed: what they are made of, and the list of them for each case.
 
-table    SmolLM2's head, real hidden states: two pairs x 1,024 positions, 3,072 response tokens
-scaling  the same head from 1k to 64k tokens, and slices of its vocabulary
-gpu      synthetic states calibrated to real ones, N x (D, V) of two large models
+table      SmolLM2's head, real hidden states: two pairs x 1,024 positions, 3,072 response tokens
+scaling    the same head from 1k to 64k tokens, and slices of its vocabulary
+tolerance  the table's problems and Gemma 3 270M's head, exact and with a tolerance
+gpu        synthetic states calibrated to real ones, N x (D, V) of two large models
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ GPU_HEADS = ((4096, 128256), (2048, 151936))
 GPU_LAYOUTS = ((2, 1024), (2, 4096), (8, 4096))  # pairs, positions: 4k, 16k, 64k tokens
 SCALING_LAYOUTS = ((1, 512), (2, 1024), (8, 1024), (32, 1024))  # pairs, positions: 1k to 64k tokens
 SCALING_VOCABS = (6144, 12288, 24576)
+LARGE_HEAD = (640, 262144)  # Gemma 3 270M
 OURS = ("auto", "stream", "recompute")
 
 
@@ -94,6 +96,13 @@ def scaling(dtypes: list[str], device: str) -> list[Spec]:
     return specs
 
 
+def tolerance(dtypes: list[str], device: str) -> list[Spec]:
+    """What is kept decides whether a tolerance pays: a small vocabulary, far tails, a large one."""
+    width, vocab = LARGE_HEAD
+    large = Spec("calibrated", pairs=1, length=512, response=1.0, width=width, vocab=vocab)
+    return table(dtypes, device) + [replace(large, device=device, dtype=dtype) for dtype in dtypes]
+
+
 def gpu(dtypes: list[str], device: str) -> list[Spec]:
     """Correctness of the largest head in two dtypes; then every shape, small ones first, full and
     frozen.
@@ -110,7 +119,8 @@ def gpu(dtypes: list[str], device: str) -> list[Spec]:
 
 
 def specs_of(case: str, dtypes: list[str], device: str, smoke: bool) -> list[Spec]:
-    found = {"table": table, "scaling": scaling, "gpu": gpu}[case](dtypes, device)
+    cases = {"table": table, "scaling": scaling, "tolerance": tolerance, "gpu": gpu}
+    found = cases[case](dtypes, device)
     return list(dict.fromkeys(_tiny(found))) if smoke else found
 
 
@@ -118,6 +128,8 @@ def names_of(case: str, spec: Spec, names: list[str]) -> list[str]:
     """Implementations that a problem is run with: all, where the head is trained on real margins;
     the table's variants and the sweeps leave some out.
     """
+    if case == "tolerance":
+        return [name for name in names if name.startswith(OURS)]
     if case == "table" and (spec.frozen or spec.inputs == "saturated"):
         return [n for n in names if n.startswith((*OURS, "materialized")) and "upcast" not in n]
     if case != "scaling":

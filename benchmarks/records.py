@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-CASES = ("gpu", "table", "scaling", "end_to_end", "trl_integration")
+CASES = ("gpu", "table", "scaling", "tolerance", "end_to_end", "trl_integration")
 
 
 def load(folder: Path, smoke: bool = False) -> dict[tuple[str, str], dict]:

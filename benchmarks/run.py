@@ -1,4 +1,4 @@
-"""Benchmarks from the command line: `python -m benchmarks.run table|scaling|gpu [--smoke]`.
+"""Benchmarks from the command line: `python -m benchmarks.run CASE [--smoke]`, a case of `cases`.
 
 Checks every implementation against float64, times forward + backward in interleaved rounds,
 measures peak memory, and writes one JSON file to benchmarks/results/, saved after every problem.
@@ -113,12 +113,12 @@ def _seconds_wanted(spec: Spec) -> float:
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("case", choices=("table", "scaling", "gpu"))
+    parser.add_argument("case", choices=("table", "scaling", "tolerance", "gpu"))
     parser.add_argument("--smoke", action="store_true", help="toy sizes, CPU, two rounds")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for gpu, else cpu")
     parser.add_argument("--dtypes", nargs="+", help="float32 bfloat16; gpu: bfloat16")
     parser.add_argument("--only", nargs="+", choices=list(IMPLEMENTATIONS), help="implementations")
-    parser.add_argument("--rounds", type=int, help="timed rounds, default 7, scaling 5")
+    parser.add_argument("--rounds", type=int, help="timed rounds, default 7, scaling and gpu 5")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--length", type=int, help="positions a sequence, for a quick trial")
     parser.add_argument("--max_tokens", type=int, help="leave larger problems out")
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> Path:
     if device == "cpu":
         torch.set_num_threads(a.threads)
     dtypes = a.dtypes or (["bfloat16"] if a.case == "gpu" else ["float32", "bfloat16"])
-    rounds = a.rounds or (2 if a.smoke else 5 if a.case != "table" else 7)
+    rounds = a.rounds or (2 if a.smoke else 7 if a.case in ("table", "tolerance") else 5)
     settings = Settings(rounds, not a.no_memory, a.cap_s, a.hang_s)
     chosen = {name: IMPLEMENTATIONS[name] for name in a.only or IMPLEMENTATIONS}
     path = a.output or result_path(a.output_dir, a.case, device, a.smoke)
