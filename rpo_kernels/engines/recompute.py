@@ -48,6 +48,10 @@ from rpo_kernels.engines.terms import Saved, terms_of
 from rpo_kernels.rows import Rows, send
 from rpo_kernels.spec import ACCUMULATOR, LN2, Head, gathered_rows
 
+# rows at most of the panel that tells whether skipping pays, in vain where it does not; as blocks
+# are never cut, at least a third of them
+DECIDING = skipping.BLOCK * 3 // 2
+
 
 def forward(
     hidden: Tensor, rows: Rows, head: Head, backend: Backend, max_bytes: int
@@ -113,8 +117,8 @@ def forward_skipping(
     first = 0
     while first < len(blocks):
         start, last = blocks[first][0], first + 1
-        stop = min(first + together, len(blocks))
-        while last < stop and blocks[last][1] - start <= size:
+        stop, most_rows = min(first + together, len(blocks)), size if first else min(size, DECIDING)
+        while last < stop and blocks[last][1] - start <= most_rows:
             last += 1
         stop = blocks[last - 1][1]
         part = rows.subset(torch.arange(start, stop, device=hidden.device))
