@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rpo_kernels import RPOOutput, fused_rpo_loss, linear_logprobs, oracle
-from rpo_kernels.engines import panel, skipping, streaming
+from rpo_kernels.engines import panel, recompute, skipping, streaming
 from rpo_kernels.losses import LOSSES, SFT_REDUCTIONS
 from tests.support import (
     IGNORE,
@@ -766,6 +766,28 @@ def test_above_break_even_the_exact_path_runs(most, skips, strategy, rows, monke
         assert all(torch.equal(found[name], exact[name]) for name in exact)
     else:
         assert_within_budgets(found, truth_of(problem), problem)
+
+
+def test_recomputing_few_rows_decide_in_vain(monkeypatch):
+    """Of many rows, one block is filled to see that skipping would not pay."""
+    monkeypatch.setattr(skipping, "break_even", lambda *call: 0.01)
+    filled = []
+
+    def fill(hidden, rows, *rest):
+        filled.append(len(rows.targets))
+        return panel.fill_panel(hidden, rows, *rest)
+
+    monkeypatch.setattr(recompute, "fill_panel", fill)
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([30, 700, 10, 900])  # a short sequence alone would decide too little
+    hidden = torch.randn(int(lengths.sum()), 16, generator=g).requires_grad_()
+    weight = torch.randn(500, 16, generator=g).requires_grad_()
+    labels = torch.randint(500, (len(hidden),), generator=g)
+    edges = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    options = {"cu_seqlens": edges, "strategy": "recompute", "grad_tolerance": 1e-3}
+    out = fused_rpo_loss(hidden, weight, labels, torch.zeros(4), **options)
+    assert out.skipped == 0
+    assert filled == [30 + skipping.BLOCK]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
