@@ -118,9 +118,11 @@ def gpu(dtypes: list[str], device: str) -> list[Spec]:
     return specs
 
 
+CASES = {"table": table, "scaling": scaling, "tolerance": tolerance, "gpu": gpu}
+
+
 def specs_of(case: str, dtypes: list[str], device: str, smoke: bool) -> list[Spec]:
-    cases = {"table": table, "scaling": scaling, "tolerance": tolerance, "gpu": gpu}
-    found = cases[case](dtypes, device)
+    found = CASES[case](dtypes, device)
     return list(dict.fromkeys(_tiny(found))) if smoke else found
 
 

@@ -304,8 +304,7 @@ def tolerance_section(document: dict) -> str:
         "exact and leaves nothing out."
     )
     head = ["forward + backward, exact → τ = 1e-3", *(f"`{name}`" for name in OURS)]
-    how = f"medians of {document['settings']['rounds']} interleaved rounds"
-    return "\n\n".join([intro, grid(head, rows), provenance(document, how)])
+    return "\n\n".join([intro, grid(head, rows), provenance(document, rounds(document))])
 
 
 def plot_name(document: dict) -> str:
@@ -316,8 +315,8 @@ def section(documents: dict[tuple[str, str], dict]) -> str:
     """The whole text between the markers."""
     parts = []
     writers = {"table": table_section, "gpu": gpu_section, "scaling": scaling_section}
+    writers |= {"tolerance": tolerance_section}
     writers |= {"end_to_end": end_to_end_section, "trl_integration": trl_section}
-    writers["tolerance"] = tolerance_section
     for (case, _), document in documents.items():
         if document["runs"]:
             parts.append(writers[case](document))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import Spec, names_of, specs_of
+from benchmarks.cases import CASES, Spec, names_of, specs_of
 from benchmarks.environment import ROOT, describe, source
 from benchmarks.measure import Settings, measure
 from benchmarks.peers import IMPLEMENTATIONS, Implementation
@@ -113,7 +113,7 @@ def _seconds_wanted(spec: Spec) -> float:
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("case", choices=("table", "scaling", "tolerance", "gpu"))
+    parser.add_argument("case", choices=tuple(CASES))
     parser.add_argument("--smoke", action="store_true", help="toy sizes, CPU, two rounds")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for gpu, else cpu")
     parser.add_argument("--dtypes", nargs="+", help="float32 bfloat16; gpu: bfloat16")

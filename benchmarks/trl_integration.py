@@ -170,7 +170,9 @@ def main(arguments: list[str] | None = None) -> Path | None:
         for dtype in a.dtypes:
             runs = document["runs"][dtype] = {}
             for name in TRAINERS:
-                found = runs[name] = measure(name, dtype, Path(folder), a.threads)
+                known = (name, dtype) == (BASE, "float32")
+                found = truth if known else measure(name, dtype, Path(folder), a.threads)
+                runs[name] = found
                 if found["status"] == runs[BASE]["status"] == truth["status"] == "ok":
                     found["difference"] = difference(found, truth)
                     own = runs[BASE]["difference"]

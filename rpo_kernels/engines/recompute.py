@@ -48,8 +48,7 @@ from rpo_kernels.engines.terms import Saved, terms_of
 from rpo_kernels.rows import Rows, send
 from rpo_kernels.spec import ACCUMULATOR, LN2, Head, gathered_rows
 
-# rows at most of the panel that tells whether skipping pays, in vain where it does not; as blocks
-# are never cut, at least a third of them
+# rows at most of the panel that tells whether skipping pays: spent in vain where it does not
 DECIDING = skipping.BLOCK * 3 // 2
 
 
